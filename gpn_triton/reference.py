@@ -1,0 +1,356 @@
+"""The specification of the neurons in torch: loops for autograd, and GPN's hand-written backward.
+
+Everything runs in any floating dtype on any device and imports no Triton. The kernels are judged
+against this file in float64, and `backend="torch"` is this file.
+
+    z[t]   = weight_v v[t] + weight_x x[t] + bias        -> z_f, z_i, z_b, z_theta
+    f, i   = sigmoid(z_f), sigmoid(z_i)     theta = sigmoid(z_theta)     b = tanh(z_b)
+    h[t]   = f v[t] + i x[t]
+    s[t]   = 1 if h[t] >= theta else 0
+    v[t+1] = (1 - s[t]) h[t] + s[t] v_reset + b          (s detached; b added after the reset)
+
+Sizes: T time bins, B batch, N neurons, G gates of the variant (4 in full).
+Source: Wang, Zhang, Li, Wu, arXiv 2412.01087; the authors' implementation where the two differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpn_triton.surrogate import SURROGATES, spike
+
+# the gates whose weights a variant has, always in the order f, i, b, theta
+GATES: dict[str, tuple[str, ...]] = {
+    "full": ("f", "i", "b", "theta"),
+    "no-fi": ("b", "theta"),
+    "no-i": ("f", "b", "theta"),
+    "no-t": ("f", "i", "b"),
+    "no-b": ("f", "i", "theta"),
+    "no-fitb": (),
+}
+# hoisted products cover this many rows of [B, G N] at a time: small enough to stay in cache on a
+# CPU, large enough for a full matrix product, and a bound on memory that does not grow with T
+CHUNK_ELEMENTS = 1 << 22
+
+
+def _gate_values(z: Tensor | None, variant: str) -> tuple[Tensor | float, ...]:
+    """f, i, b, theta [..., N] of z [..., G N]; a gate the variant lacks is its constant."""
+    names = GATES[variant]
+    parts = dict(zip(names, z.chunk(len(names), -1), strict=True)) if names else {}
+    f = torch.sigmoid(parts["f"]) if "f" in parts else 0.5
+    i = torch.sigmoid(parts["i"]) if "i" in parts else (1 - f if "f" in parts else 0.5)
+    b = torch.tanh(parts["b"]) if "b" in parts else 0.0
+    theta = torch.sigmoid(parts["theta"]) if "theta" in parts else 1.0
+    return f, i, b, theta
+
+
+def _next_v(h: Tensor, s: Tensor, b: Tensor | float, v_reset: Tensor) -> Tensor:
+    """Membrane after the reset and the bypass."""
+    return torch.lerp(h, v_reset, s) + b
+
+
+def gpn_loop(
+    x: Tensor,
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
+    v_reset: Tensor,
+    v0: Tensor,
+    variant: str = "full",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    smooth: bool = False,
+    reset_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run GPN step by step under autograd: the specification itself.
+
+    Args:
+        x [T, B, N]: synaptic current.
+        weight_x, weight_v [G N, N], bias [G N]: gate weights, gates in the order f, i, b, theta.
+        v_reset [B, N]: membrane after a spike. v0 [B, N]: membrane at t = 0.
+        variant: a key of GATES. surrogate, alpha: see surrogate.SURROGATES.
+        smooth: replace the spike by the surrogate's smooth step, which finite differences can see.
+        reset_mask [T, B, N]: which neurons reset; None: those that spike (detached, unless smooth).
+    Returns:
+        spikes [T, B, N], v_final [B, N].
+    """
+    v, spikes = v0, []
+    for t, x_t in enumerate(x.unbind(0)):
+        z = None
+        if GATES[variant]:
+            z = torch.addmm(F.linear(x_t, weight_x, bias), v, weight_v.t())
+        f, i, b, theta = _gate_values(z, variant)
+        h = f * v + i * x_t
+        if smooth:
+            s = SURROGATES[surrogate].value(h - theta, alpha)
+            reset = s if reset_mask is None else reset_mask[t]
+        else:
+            s = spike(h - theta, surrogate, alpha)
+            reset = s.detach() if reset_mask is None else reset_mask[t]
+        v = _next_v(h, reset, b, v_reset)
+        spikes.append(s)
+    return torch.stack(spikes), v
+
+
+def _chunks(T: int, rows: int, every: int) -> Iterator[tuple[int, int]]:
+    """Time ranges of about CHUNK_ELEMENTS / rows steps, each a whole number of checkpoints."""
+    steps = max(1, CHUNK_ELEMENTS // max(1, rows))
+    steps = max(every, steps // every * every)
+    for start in range(0, T, steps):
+        yield start, min(T, start + steps)
+
+
+def _storable(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """v in the dtype it is saved in, saturated instead of overflowing to infinity."""
+    if dtype == torch.float16 and v.dtype != torch.float16:
+        v = v.clamp(-65504.0, 65504.0)
+    return v.to(dtype)
+
+
+def unpack_spikes(bits: Tensor, start: int, stop: int) -> Tensor:
+    """Read steps start..stop - 1 of spikes packed 32 steps a word.
+
+    Args:
+        bits [ceil(T / 32), B, N] int32: bit t % 32 of word t // 32 is the spike at step t.
+    Returns:
+        [stop - start, B, N] int32: 0 or 1.
+    """
+    t = torch.arange(start, stop, device=bits.device)
+    return (bits[t // 32] >> (t % 32).to(torch.int32)[:, None, None]) & 1
+
+
+def gpn_forward(
+    x: Tensor,
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
+    v_reset: Tensor,
+    v0: Tensor,
+    variant: str,
+    every: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run GPN without autograd, saving what gpn_backward needs.
+
+    Args:
+        x, weight_x, weight_v, bias, v_reset, v0, variant: as gpn_loop. x may be a half type; the
+            weights, v_reset and v0 have the dtype the state is computed in.
+        every: save v at t = 0, every, 2 every, ...; 0 saves nothing.
+        mean: return the mean over time of the spikes [B, N] instead of the spikes.
+    Returns:
+        spikes [T, B, N] of x's dtype, or their mean [B, N] in the state's dtype;
+        v_final [B, N]; v_saved [ceil(T / every), B, N] (half types are saved as float16);
+        spike_bits [ceil(T / 32), B, N] int32 if mean, else empty: see unpack_spikes.
+    """
+    T, B, N = x.shape
+    state = v0.dtype
+    saved_dtype = torch.float16 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=saved_dtype)
+    spikes = x.new_zeros((B, N), dtype=state) if mean else torch.empty_like(x)
+    keep_bits = mean and every > 0
+    bits = torch.zeros((-(-T // 32) if keep_bits else 0, B, N), dtype=torch.int32, device=x.device)
+    v = v0
+    for start, stop in _chunks(T, B * max(1, len(GATES[variant])) * N, 1):
+        x_chunk = x[start:stop].to(state)
+        z_chunk = None
+        if GATES[variant]:
+            z_chunk = F.linear(x_chunk, weight_x, bias)
+        for t in range(start, stop):
+            if every and t % every == 0:
+                v_saved[t // every] = _storable(v, saved_dtype)
+            z = None if z_chunk is None else z_chunk[t - start].addmm_(v, weight_v.t())
+            f, i, b, theta = _gate_values(z, variant)
+            h = f * v + i * x_chunk[t - start]
+            fired = h >= theta
+            s = fired.to(state)
+            if mean:
+                spikes += s
+                if keep_bits:
+                    bits[t // 32] |= fired.to(torch.int32) << (t % 32)
+            else:
+                spikes[t] = s
+            v = _next_v(h, s, b, v_reset)
+    return (spikes / T if mean else spikes), v, v_saved, bits
+
+
+def _replay(
+    v_saved: Tensor, x: Tensor, s: Tensor, zx: Tensor | None, weight_v, v_reset, variant, every
+) -> Tensor:
+    """v [n, B, N] at every step of a chunk from the v saved every `every` steps.
+
+    The saved spikes reset it, never recomputed ones: rounding could cross the threshold the other
+    way, and a hard reset would make that a large error.
+    """
+    v = x.new_empty(x.shape)
+    for t in range(len(x)):
+        if t % every == 0:
+            v[t] = v_saved[t // every]
+            continue
+        z = None if zx is None else torch.addmm(zx[t - 1], v[t - 1], weight_v.t())
+        f, i, b, _ = _gate_values(z, variant)
+        v[t] = _next_v(f * v[t - 1] + i * x[t - 1], s[t - 1], b, v_reset)
+    return v
+
+
+def gpn_backward(
+    g_spikes: Tensor | None,
+    g_v_final: Tensor | None,
+    x: Tensor,
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
+    v_reset: Tensor,
+    spikes: Tensor,
+    v_saved: Tensor,
+    variant: str,
+    surrogate: str,
+    alpha: float,
+    every: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Backpropagate through gpn_forward by hand.
+
+    With g_v[t] = dL/dv[t], g_v[T] = g_v_final, and t from T - 1 down to 0:
+
+        g_h    = g_v[t+1] (1 - s) + g_s[t] sg                  sg = surrogate'(h - theta)
+        g_z    = [ g_h v f(1-f), g_h x i(1-i), g_v[t+1] (1 - b^2), -g_s[t] sg theta(1-theta) ]
+        g_v[t] = g_h f + weight_v^T g_z
+        g_x[t] = g_h i + weight_x^T g_z
+
+    g_z_theta does not depend on g_v, so only the other gates' product is serial; everything else is
+    one product over a chunk of time, and sums over chunks run in one fixed order.
+
+    Args:
+        g_spikes [T, B, N], or [B, N] if mean; None: zero. g_v_final [B, N]; None: zero.
+        spikes [T, B, N], or spike_bits if mean, and v_saved: as gpn_forward returned them.
+        The rest as gpn_forward; the weights and v_reset in the dtype the gradients are computed in.
+    Returns:
+        g_x [T, B, N] of x's dtype, g_weight_x, g_weight_v, g_bias, g_v0 [B, N].
+    """
+    T, B, N = x.shape
+    state = v_reset.dtype
+    names = GATES[variant]
+    serial = [g for g in names if g != "theta"]
+    S = len(serial) * N
+    g_v = torch.zeros_like(v_reset) if g_v_final is None else g_v_final.to(state)
+    g_x = torch.empty_like(x)
+    g_wx, g_wv, g_b = (
+        (torch.zeros_like(weight_x), torch.zeros_like(weight_v), torch.zeros_like(bias))
+        if names
+        else (None, None, None)
+    )
+    if mean and g_spikes is not None:
+        g_spikes = (g_spikes / T).to(state)
+
+    for start, stop in reversed(list(_chunks(T, B * max(1, len(names)) * N, every))):
+        n = stop - start
+        x_c = x[start:stop].to(state)
+        s_c = (unpack_spikes(spikes, start, stop) if mean else spikes[start:stop]).to(state)
+        z = F.linear(x_c, weight_x, bias) if names else None
+        saved = v_saved[start // every : -(-stop // every)].to(state)
+        v_c = (
+            saved if every == 1 else _replay(saved, x_c, s_c, z, weight_v, v_reset, variant, every)
+        )
+        if names:
+            z.view(n * B, -1).addmm_(v_c.view(n * B, N), weight_v.t())
+        f, i, b, theta = _gate_values(z, variant)
+        if g_spikes is None:
+            g_u = torch.zeros_like(x_c)
+        else:
+            g_s = g_spikes if mean else g_spikes[start:stop].to(state)
+            g_u = SURROGATES[surrogate].derivative(f * v_c + i * x_c - theta, alpha) * g_s
+
+        # g_z takes the place of z: first the factors of g_h and g_v, then, step by step, g_z
+        factors = {}
+        if "f" in names:
+            factors["f"] = f * (1 - f) * (v_c if "i" in names else v_c - x_c)
+        if "i" in names:
+            factors["i"] = i * (1 - i) * x_c
+        if "b" in names:
+            factors["b"] = 1 - b * b
+        if "theta" in names:
+            factors["theta"] = -g_u * theta * (1 - theta)
+        f = f if isinstance(f, float) else f.contiguous()
+        i = i if isinstance(i, float) else i.contiguous()
+        for k, name in enumerate(names):
+            z[..., k * N : (k + 1) * N] = factors.pop(name)
+        rest = z[..., S:] @ weight_v[S:] if "theta" in names else None
+
+        weight_serial = weight_v[:S] if names else None
+        g_h_c = torch.empty_like(x_c)
+        keep = 1 - s_c
+        for t in range(n - 1, -1, -1):
+            g_h = torch.addcmul(g_u[t], g_v, keep[t], out=g_h_c[t])
+            g_direct = g_h * (f if isinstance(f, float) else f[t])
+            if rest is not None:
+                g_direct += rest[t]
+            for k, name in enumerate(serial):
+                z[t, :, k * N : (k + 1) * N].mul_(g_v if name == "b" else g_h)
+            g_v = g_direct.addmm_(z[t, :, :S], weight_serial) if serial else g_direct
+
+        g_h_c *= i
+        if names:
+            rows = z.view(n * B, -1)
+            g_wv.addmm_(rows.t(), v_c.view(n * B, N))
+            g_wx.addmm_(rows.t(), x_c.view(n * B, N))
+            g_b += rows.sum(0)
+            g_h_c.view(n * B, N).addmm_(rows, weight_x)
+        g_x[start:stop] = g_h_c
+    return g_x, g_wx, g_wv, g_b, g_v
+
+
+def lif_loop(
+    x: Tensor, v0: Tensor, tau: Tensor | float, surrogate: str = "atan", alpha: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Leaky integrate-and-fire, threshold 1, hard detached reset to 0; PLIF when tau is learned.
+
+    Args:
+        x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0.
+        tau: time constant in bins, a number or a tensor that broadcasts to [N].
+    Returns:
+        spikes [T, B, N], v_final [B, N].
+    Source: Fang et al., ICCV 2021 for the learned tau.
+    """
+    v, spikes = v0, []
+    for x_t in x.unbind(0):
+        h = v + (x_t - v) / tau
+        s = spike(h - 1.0, surrogate, alpha)
+        v = h * (1 - s.detach())
+        spikes.append(s)
+    return torch.stack(spikes), v
+
+
+def cuba_lif_loop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    current_decay: float = 0.5,
+    membrane_decay: float = 0.5,
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Current-based LIF whose spikes feed back through a weight matrix one step later.
+
+        j[t+1] = current_decay j[t] + x[t] + weight s[t-1] + bias
+        h[t]   = membrane_decay v[t] + (1 - membrane_decay) j[t+1],  threshold 1, hard reset to 0
+
+    Args:
+        x [T, B, N]: input. weight [N, N], bias [N]: recurrent connection from spikes.
+        state: current, membrane and last spikes, each [B, N].
+    Returns:
+        spikes [T, B, N] and the state after the last step.
+    Source: the authors' baseline of the same name (arXiv 2412.01087).
+    """
+    (j, v, s), spikes = state, []
+    for x_t in x.unbind(0):
+        j = torch.add(x_t + F.linear(s, weight, bias), j, alpha=current_decay)
+        h = membrane_decay * v + (1 - membrane_decay) * j
+        s = spike(h - 1.0, surrogate, alpha)
+        v = h * (1 - s.detach())
+        spikes.append(s)
+    return torch.stack(spikes), (j, v, s)
