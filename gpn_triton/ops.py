@@ -6,8 +6,6 @@ torch.compile(fullgraph=True) and CUDA-graph capture see one node each. The only
 recurrence kernels; they are imported when first asked for.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -145,9 +143,9 @@ def triton_unavailable(x: Tensor) -> str | None:
 @torch.library.custom_op("gpn_triton::recurrence", mutates_args=())
 def _recurrence(
     x: Tensor,
-    weight_x: Optional[Tensor],
-    weight_v: Optional[Tensor],
-    bias: Optional[Tensor],
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
     v_reset: Tensor,
     v0: Tensor,
     variant: str,
@@ -176,12 +174,12 @@ def _(x, weight_x, weight_v, bias, v_reset, v0, variant, surrogate, alpha, backe
 
 @torch.library.custom_op("gpn_triton::recurrence_backward", mutates_args=())
 def _recurrence_backward(
-    g_out: Optional[Tensor],
-    g_v_final: Optional[Tensor],
+    g_out: Tensor | None,
+    g_v_final: Tensor | None,
     x: Tensor,
-    weight_x: Optional[Tensor],
-    weight_v: Optional[Tensor],
-    bias: Optional[Tensor],
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
     v_reset: Tensor,
     spikes: Tensor,
     v_saved: Tensor,

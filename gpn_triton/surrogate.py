@@ -1,4 +1,4 @@
-"""Surrogate gradients: for each name, a smooth step and its derivative, used in place of Heaviside's.
+"""Surrogate gradients: a smooth step and its derivative for each name, in place of Heaviside's.
 
 Every pair is a distribution function and its density in u = h - theta: value(-inf) = 0,
 value(0) = 1/2, value(inf) = 1. `alpha` sets the width. A kernel holds the same derivatives
