@@ -1,0 +1,134 @@
+"""The paper's networks: Linear -> neuron -> held dropout, repeated, and a linear readout.
+
+The readout is linear and the dropout mask is held over time, so the mean over time of the logits
+is the readout of the mean over time of the last layer's spikes: only that mean is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout
+from gpn_triton.reference import GATES
+
+_GPN_VARIANTS = {"gpn" if v == "full" else f"gpn-{v}": v for v in GATES}
+_ANN = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+NEURONS = (*_GPN_VARIANTS, "lif", "plif", "cuba-lif", *_ANN, "cnn")
+READOUTS = ("mean", "last")
+
+
+class SpikingClassifier(nn.Module):
+    """A network of spiking layers that classifies sequences of binned events.
+
+    Args:
+        hidden: neurons of each hidden layer, input side first.
+        neuron: one of NEURONS; lstm, gru, rnn and cnn are the non-spiking twins of the same sizes.
+        inputs: input channels C. classes: number of classes.
+        dropout: share of each hidden layer silenced in training, the mask held over time.
+        readout: mean over time of the logits, or those of the last step.
+        time_bins: T; needed by cnn alone, whose readout sees every bin.
+        surrogate, alpha, backend, checkpoint_every: as ops.gpn, for the GPN neurons.
+    Raises:
+        ValueError: an option that does not fit.
+    Source: arXiv 2412.01087; the networks of the authors' two implementations.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (128,),
+        neuron: str = "gpn",
+        inputs: int = 700,
+        classes: int = 20,
+        dropout: float = 0.5,
+        readout: str = "mean",
+        time_bins: int | None = None,
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        backend: str = "auto",
+        checkpoint_every: int | None = None,
+    ):
+        super().__init__()
+        if not hidden or any(n < 1 for n in hidden):
+            raise ValueError(f"hidden: expected one or more sizes of at least 1, got {hidden}")
+        if neuron not in NEURONS:
+            raise ValueError(f"neuron: expected one of {', '.join(NEURONS)}, got {neuron!r}")
+        if readout not in READOUTS:
+            raise ValueError(f"readout: expected one of {', '.join(READOUTS)}, got {readout!r}")
+        self.neuron = neuron
+        self.readout = readout
+        sizes = [inputs, *hidden]
+        self.inputs, self.neurons = nn.ModuleList(), nn.ModuleList()
+        for layer, (n_in, n) in enumerate(zip(sizes, hidden, strict=False), 1):
+            feeds_mean = layer == len(hidden) and readout == "mean"
+            if neuron in _GPN_VARIANTS:
+                self.inputs.append(nn.Linear(n_in, n))
+                self.neurons.append(
+                    GPN(
+                        n,
+                        _GPN_VARIANTS[neuron],
+                        surrogate,
+                        alpha,
+                        backend,
+                        checkpoint_every,
+                        output="mean" if feeds_mean else "spikes",
+                    )
+                )
+            elif neuron in ("lif", "plif"):
+                self.inputs.append(nn.Linear(n_in, n))
+                self.neurons.append(LIF(n, learn_tau=neuron == "plif"))
+            elif neuron == "cuba-lif":
+                self.inputs.append(nn.Linear(n_in, n))
+                self.neurons.append(CubaLIF(n))
+            elif neuron == "cnn":
+                self.inputs.append(nn.Identity())
+                self.neurons.append(_Convolution(n_in, n))
+            else:
+                self.inputs.append(nn.Identity())
+                self.neurons.append(_ANN[neuron](n_in, n))
+        self.dropout = HeldDropout(dropout)
+        if neuron == "cnn":
+            if time_bins is None or readout != "mean":
+                raise ValueError(
+                    "time_bins: the cnn's readout sees every bin: expected time_bins and readout "
+                    f"'mean', got {time_bins} and {readout!r}"
+                )
+            self.output = nn.Linear(sizes[-1] * time_bins, classes)
+        else:
+            self.output = nn.Linear(sizes[-1], classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify a batch.
+
+        Args:
+            x [T, B, C] float: events counted in each bin and channel.
+        Returns:
+            logits [B, classes]; activity [layers] float32: mean output of each hidden layer
+            (spikes a neuron and step for spiking neurons), detached.
+        """
+        activity = []
+        for linear, neuron in zip(self.inputs, self.neurons, strict=True):
+            x = neuron(linear(x))[0]
+            activity.append(x.detach().float().mean())
+            x = self.dropout(x)
+        if self.neuron == "cnn":
+            x = x.permute(1, 2, 0).flatten(1)
+        elif x.ndim == 3:
+            x = x.mean(0) if self.readout == "mean" else x[-1]
+        return self.output(x), torch.stack(activity)
+
+
+class _Convolution(nn.Module):
+    """Convolution over time (3 bins), batch norm and ReLU: the authors' CNN baseline."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.convolution = nn.Conv1d(inputs, outputs, 3, padding=1)
+        self.norm = nn.BatchNorm1d(outputs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [T, B, C] -> [T, B, N], None."""
+        y = self.norm(self.convolution(x.permute(1, 2, 0)))
+        return torch.relu(y).permute(2, 0, 1), None
