@@ -1,0 +1,187 @@
+"""The neuron's elementwise mathematics on a tile: gates, membrane, surrogate, and their gradients.
+
+Every formula of the kernels is written here, once; its twin is in gpn_triton/reference.py and
+gpn_triton/surrogate.py. Tiles are float32 of any one shape. Two compile-time choices run through
+everything:
+
+    GATES   the gates that have weights, one letter each in the order "fibt" (t is theta). A gate
+            that is absent is its constant: f = 1/2, i = 1 - f (or 1/2 without f), b = 0, theta = 1.
+    FAST    sigmoid and tanh by the hardware's tanh.approx (relative error 2^-11, the precision of
+            the half types); otherwise by exp and a division.
+
+Source: arXiv 2412.01087, equations of the gated parametric neuron.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def has(GATES, gate):
+    """Whether the variant has this gate."""
+    return gate in GATES
+
+
+@triton.constexpr_function
+def place(GATES, gate):
+    """Which block of N columns of z (rows of the weights) belongs to this gate."""
+    return GATES.index(gate)
+
+
+@triton.jit
+def tanh(z, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 2.0 / (1.0 + tl.exp(-2.0 * z)) - 1.0
+
+
+@triton.jit
+def tanh_derivative(y):
+    """dy/dz of y = tanh(z)."""
+    return 1.0 - y * y
+
+
+@triton.jit
+def sigmoid(z, FAST: tl.constexpr):
+    if FAST:
+        return 0.5 * tanh(0.5 * z, FAST) + 0.5
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def sigmoid_derivative(y):
+    """dy/dz of y = sigmoid(z)."""
+    return y * (1.0 - y)
+
+
+@triton.jit
+def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
+    """ds/du in place of the derivative of s = Heaviside(u), u = h - theta."""
+    if SURROGATE == "atan":
+        w = 1.5707963267948966 * alpha * u
+        return 0.5 * alpha / (1.0 + w * w)
+    elif SURROGATE == "sigmoid":
+        return alpha * sigmoid_derivative(sigmoid(alpha * u, False))
+    elif SURROGATE == "fast-sigmoid":
+        w = 1.0 + alpha * tl.abs(u)
+        return 0.5 * alpha / (w * w)
+    else:
+        tl.static_assert(SURROGATE == "triangle", "unknown surrogate")
+        return 0.5 * alpha * tl.maximum(1.0 - 0.5 * alpha * tl.abs(u), 0.0)
+
+
+@triton.jit
+def mix_gates(z_f, z_i, GATES: tl.constexpr, FAST: tl.constexpr):
+    """f, i: how much of the old membrane and of the current enters h."""
+    f = tl.full(z_f.shape, 0.5, tl.float32)
+    if has(GATES, "f"):
+        f = sigmoid(z_f, FAST)
+    i = 1.0 - f
+    if has(GATES, "i"):
+        i = sigmoid(z_i, FAST)
+    return f, i
+
+
+@triton.jit
+def bypass(z_b, GATES: tl.constexpr, FAST: tl.constexpr):
+    """b: what is added to the membrane after the reset."""
+    b = tl.zeros(z_b.shape, tl.float32)
+    if has(GATES, "b"):
+        b = tanh(z_b, FAST)
+    return b
+
+
+@triton.jit
+def threshold(z_theta, GATES: tl.constexpr, FAST: tl.constexpr):
+    theta = tl.full(z_theta.shape, 1.0, tl.float32)
+    if has(GATES, "t"):
+        theta = sigmoid(z_theta, FAST)
+    return theta
+
+
+@triton.jit
+def cell(z_f, z_i, z_theta, v, x, GATES: tl.constexpr, FAST: tl.constexpr):
+    """h, theta: the membrane before the reset and what it is held against; s = h >= theta."""
+    f, i = mix_gates(z_f, z_i, GATES, FAST)
+    return f * v + i * x, threshold(z_theta, GATES, FAST)
+
+
+@triton.jit
+def next_v(h, s, z_b, v_reset, GATES: tl.constexpr, FAST: tl.constexpr):
+    """v[t+1]: the membrane after the reset and the bypass; s is bool."""
+    return tl.where(s, v_reset, h) + bypass(z_b, GATES, FAST)
+
+
+@triton.jit
+def cell_gradient(
+    z_f, z_i, z_theta, v, x, g_s, alpha,
+    GATES: tl.constexpr, SURROGATE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The part of cell's gradient that does not wait for g_v[t+1].
+
+    Returns:
+        g_u = g_s surrogate'(h - theta), which enters g_h, and g_z_theta.
+    """
+    h, theta = cell(z_f, z_i, z_theta, v, x, GATES, FAST)
+    g_u = g_s * surrogate_derivative(h - theta, alpha, SURROGATE)
+    return g_u, -g_u * sigmoid_derivative(theta)
+
+
+@triton.jit
+def next_v_gradient(
+    g_v, g_u, z_f, z_i, z_b, v, x, s, GATES: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """The serial part of the gradient of one step; g_v is g_v[t+1], s is 0.0 or 1.0.
+
+    Returns:
+        g_h f, the part of g_v[t] without the product; g_h i, that of g_x[t]; g_z_f, g_z_i, g_z_b.
+    """
+    f, i = mix_gates(z_f, z_i, GATES, FAST)
+    g_h = g_v * (1.0 - s) + g_u
+    # without a gate of its own, i = 1 - f: f then also carries what x contributes
+    from_f = v - x
+    if has(GATES, "i"):
+        from_f = v
+    g_z_f = g_h * from_f * sigmoid_derivative(f)
+    g_z_i = g_h * x * sigmoid_derivative(i)
+    g_z_b = g_v * tanh_derivative(bypass(z_b, GATES, FAST))
+    return g_h * f, g_h * i, g_z_f, g_z_i, g_z_b
+
+
+@triton.jit
+def to_operand(a, DTYPE: tl.constexpr):
+    """a in the dtype of a product's operand, saturated instead of overflowing to infinity."""
+    if DTYPE == tl.float16:
+        a = tl.clamp(a.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL)
+    return a.to(DTYPE)
+
+
+@triton.jit
+def load_gate(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, BLOCK: tl.constexpr):
+    """The gate's tile as float32 from ptr + offs, which address block 0; zeros if absent.
+
+    BLOCK is the distance between two gates in elements.
+    """
+    if has(GATES, gate):
+        return tl.load(ptr + place(GATES, gate) * BLOCK + offs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(mask.shape, tl.float32)
+
+
+@triton.jit
+def load_spikes(
+    spikes_ptr, bits_ptr, t, B, first, offs, mask, N: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """The saved spikes at step t as 0.0 or 1.0, from bits [T / 32, B, N] if MEAN.
+
+    first is the row of the batch (int64) that offs starts from.
+    """
+    if MEAN:
+        word = tl.load(bits_ptr + ((t // 32) * B + first) * N + offs, mask=mask, other=0)
+        return ((word >> (t % 32)) & 1).to(tl.float32)
+    else:
+        return tl.load(spikes_ptr + (t * B + first) * N + offs, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,441 @@
+"""GPN forward: one layer over time, as one program per batch tile or as one launch per step.
+
+    z[t]   = weight_v v[t] + weight_x x[t] + bias
+    h[t]   = f v[t] + i x[t]
+    s[t]   = 1 if h[t] >= theta else 0                    (Heaviside(0) = 1; s is not differentiated
+    v[t+1] = (1 - s[t]) h[t] + s[t] v_reset + b            in the reset, see recurrence_backward.py)
+
+Grid. persistent: (batch tiles, neuron tiles, segments); a program owns BLOCK_B rows and runs the
+time loop, weight_v stays in shared memory. With gates there is one neuron tile, all N. stepwise:
+the same grid for one step; a program owns BLOCK_B rows of BLOCK_N neurons and loops over the depth
+N of the product. Segments: 1 forward; in a replay, the stretches between two saved membranes.
+
+Layout, all contiguous. x, spikes [T, B, N] of x's dtype; weight_v, weight_x [G N, N], rows in the
+order f, i, b, theta; v_reset, v [B, N] float32; zx = weight_x x + bias [steps, B, G N] for a chunk
+of time and v_saved [ceil(T / every), B, N] in the operands' dtype: float16 for half x or float32.
+
+Read: zx, x, v_reset. Written: spikes, or with MEAN their counts [B, N] float32 and, where backward
+follows, the spikes packed 32 steps a word into bits [ceil(T / 32), B, N]; v at every `every`-th
+step. Gates and h are never stored. State, gates and accumulators are float32.
+
+Source: arXiv 2412.01087. Twin: reference.gpn_forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpn_triton.kernels.pointwise import (
+    cell,
+    has,
+    load_gate,
+    load_spikes,
+    next_v,
+    place,
+    to_operand,
+)
+from gpn_triton.kernels.tiles import Plan, is_half, operand_dtype
+
+# the interpreter has no inline assembly, hence no tanh.approx
+INTERPRETED = triton.knobs.runtime.interpret
+TL_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
+
+@triton.jit
+def _load_weight(
+    ptr, row, col, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """The gate's block of the weights, transposed: [depth, neuron]; nothing if absent."""
+    if has(GATES, gate):
+        return tl.load(ptr + (place(GATES, gate) * N + col) * N + row, mask=mask, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _add_product(
+    z, v, w, gate: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    if has(GATES, gate):
+        return tl.dot(v, w, acc=z, input_precision=PRECISION)
+    else:
+        return z
+
+
+@triton.jit(do_not_specialize=["start", "stop", "T", "B", "every"])
+def recurrence_forward_persistent_kernel(
+    zx_ptr, x_ptr, weight_v_ptr, v_reset_ptr,
+    v_ptr, v_saved_ptr, spikes_ptr, bits_ptr, counts_ptr,
+    start, stop, T, B, every,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
+    MEAN: tl.constexpr, SAVE: tl.constexpr, REPLAY: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Steps start..stop - 1. DEPTH is G N. In a replay v_saved_ptr is v [stop - start, B, N]."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (first + rows < B) & (n < N)
+    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
+    offs_z = rows * DEPTH + n
+
+    k = tl.arange(0, BLOCK_N)[:, None]
+    w_mask = (k < N) & (n < N)
+    w_f = _load_weight(weight_v_ptr, k, n, w_mask, "f", GATES, N)  # [BLOCK_N, BLOCK_N]
+    w_i = _load_weight(weight_v_ptr, k, n, w_mask, "i", GATES, N)
+    w_b = _load_weight(weight_v_ptr, k, n, w_mask, "b", GATES, N)
+    w_t = _load_weight(weight_v_ptr, k, n, w_mask, "t", GATES, N)
+
+    v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
+    count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    word = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
+    t_first = start + tl.program_id(2) * every
+    t_stop = stop
+    if REPLAY:
+        # from the membrane saved at t_first up to the one before the next saved one
+        t_stop = tl.minimum(t_first + every, stop) - 1
+        v_row = (t_first - start).to(tl.int64) * B + first
+        v = tl.load(v_saved_ptr + v_row * N + offs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        v = tl.load(v_ptr + first * N + offs, mask=mask, other=0.0)
+        if MEAN:
+            count = tl.load(counts_ptr + first * N + offs, mask=mask, other=0.0)
+
+    # addresses made from t, not bumped from step to step, let the compiler load steps ahead
+    rows_per_step = B.to(tl.int64)
+    for t in tl.range(t_first, t_stop, num_stages=STAGES):
+        zx_t = zx_ptr + ((t - start) * rows_per_step + first) * DEPTH
+        x = tl.load(x_ptr + (t * rows_per_step + first) * N + offs, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        operand = to_operand(v, OPERAND)
+        z_f = load_gate(zx_t, offs_z, mask, "f", GATES, N)
+        z_i = load_gate(zx_t, offs_z, mask, "i", GATES, N)
+        z_b = load_gate(zx_t, offs_z, mask, "b", GATES, N)
+        z_t = load_gate(zx_t, offs_z, mask, "t", GATES, N)
+        z_f = _add_product(z_f, operand, w_f, "f", GATES, PRECISION)
+        z_i = _add_product(z_i, operand, w_i, "i", GATES, PRECISION)
+        z_b = _add_product(z_b, operand, w_b, "b", GATES, PRECISION)
+        if not REPLAY:
+            z_t = _add_product(z_t, operand, w_t, "t", GATES, PRECISION)
+        h, theta = cell(z_f, z_i, z_t, v, x, GATES, FAST)
+        if REPLAY:
+            s = load_spikes(spikes_ptr, bits_ptr, t, rows_per_step, first, offs, mask, N, MEAN) > 0
+        else:
+            s = h >= theta
+        v = next_v(h, s, z_b, v_reset, GATES, FAST)
+
+        if REPLAY:
+            v_row = (t + 1 - start) * rows_per_step + first
+            tl.store(v_saved_ptr + v_row * N + offs, to_operand(v, OPERAND), mask=mask)
+        else:
+            if SAVE:
+                due = ((t + 1) % every == 0) & (t + 1 < T)
+                v_row = ((t + 1) // every) * rows_per_step + first
+                tl.store(v_saved_ptr + v_row * N + offs, to_operand(v, OPERAND), mask=mask & due)
+            if MEAN:
+                count += s.to(tl.float32)
+                if SAVE:
+                    word = tl.where(t % 32 == 0, 0, word) | (s.to(tl.int32) << (t % 32))
+                    due = (t % 32 == 31) | (t + 1 == T)
+                    word_row = (t // 32) * rows_per_step + first
+                    tl.store(bits_ptr + word_row * N + offs, word, mask=mask & due)
+            else:
+                s_row = t * rows_per_step + first
+                tl.store(
+                    spikes_ptr + s_row * N + offs, s.to(spikes_ptr.dtype.element_ty), mask=mask
+                )
+
+    if not REPLAY:
+        tl.store(v_ptr + first * N + offs, v, mask=mask)
+        if MEAN:
+            tl.store(counts_ptr + first * N + offs, count, mask=mask)
+
+
+@triton.jit
+def _products(
+    z_f, z_i, z_b, z_t, a_ptr, w_ptr, rows, n, row_mask, N: tl.constexpr, GATES: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add weight a to every gate's z, for the rows a [BLOCK_B, N] at a_ptr."""
+    for k0 in tl.range(0, N, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(a_ptr + rows * N + k[None, :], mask=row_mask & (k[None, :] < N), other=0.0)
+        a = to_operand(a, OPERAND)
+        w_mask = (k[:, None] < N) & (n < N)
+        # loaded at the same depth for every gate: the four products share the operand
+        w_f = _load_weight(w_ptr, k[:, None], n, w_mask, "f", GATES, N)
+        w_i = _load_weight(w_ptr, k[:, None], n, w_mask, "i", GATES, N)
+        w_b = _load_weight(w_ptr, k[:, None], n, w_mask, "b", GATES, N)
+        w_t = _load_weight(w_ptr, k[:, None], n, w_mask, "t", GATES, N)
+        z_f = _add_product(z_f, a, w_f, "f", GATES, PRECISION)
+        z_i = _add_product(z_i, a, w_i, "i", GATES, PRECISION)
+        z_b = _add_product(z_b, a, w_b, "b", GATES, PRECISION)
+        z_t = _add_product(z_t, a, w_t, "t", GATES, PRECISION)
+    return z_f, z_i, z_b, z_t
+
+
+@triton.jit(do_not_specialize=["t", "zx_row", "in_row", "out_row", "B", "every"])
+def recurrence_forward_stepwise_kernel(
+    zx_ptr, x_ptr, weight_x_ptr, bias_ptr, weight_v_ptr, v_reset_ptr, v_in_ptr,
+    v_ptr, v_out_ptr, spikes_ptr, bits_ptr, counts_ptr,
+    t, zx_row, in_row, out_row, B, every,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, HOIST: tl.constexpr,
+    MEAN: tl.constexpr, SAVE: tl.constexpr, REPLAY: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Step t: v[t] is read whole from row in_row of v_in, v[t+1] written to row out_row of v_out.
+
+    v_ptr [segments, B, N] float32 is the state, read and written by the tile's owner alone.
+    """
+    segment = tl.program_id(2)
+    t += segment * every
+    zx_row += segment * every
+    in_row += segment * every
+    out_row += segment * every
+    rows_per_step = B.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row_mask = first + rows < B
+    mask = row_mask & (n < N)
+    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
+    x_t = x_ptr + (t * rows_per_step + first) * N
+
+    if HOIST:
+        zx_t = zx_ptr + (zx_row * rows_per_step + first) * DEPTH
+        start_mask = mask
+        offs_z = rows * DEPTH + n
+    else:
+        zx_t = bias_ptr
+        start_mask = mask
+        offs_z = rows * 0 + n
+    z_f = load_gate(zx_t, offs_z, start_mask, "f", GATES, N)
+    z_i = load_gate(zx_t, offs_z, start_mask, "i", GATES, N)
+    z_b = load_gate(zx_t, offs_z, start_mask, "b", GATES, N)
+    z_t = load_gate(zx_t, offs_z, start_mask, "t", GATES, N)
+    if not HOIST:
+        z_f, z_i, z_b, z_t = _products(
+            z_f, z_i, z_b, z_t, x_t, weight_x_ptr, rows, n, row_mask,
+            N, GATES, BLOCK_K, STAGES, OPERAND, PRECISION,
+        )  # fmt: skip
+    v_t = v_in_ptr + (in_row * rows_per_step + first) * N
+    z_f, z_i, z_b, z_t = _products(
+        z_f, z_i, z_b, z_t, v_t, weight_v_ptr, rows, n, row_mask,
+        N, GATES, BLOCK_K, STAGES, OPERAND, PRECISION,
+    )  # fmt: skip
+
+    x = tl.load(x_t + offs, mask=mask, other=0.0).to(tl.float32)
+    v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
+    own = (segment * rows_per_step + first) * N
+    v = tl.load(v_ptr + own + offs, mask=mask, other=0.0)
+    h, theta = cell(z_f, z_i, z_t, v, x, GATES, FAST)
+    if REPLAY:
+        s = load_spikes(spikes_ptr, bits_ptr, t, rows_per_step, first, offs, mask, N, MEAN) > 0
+    else:
+        s = h >= theta
+    v = next_v(h, s, z_b, v_reset, GATES, FAST)
+    tl.store(v_ptr + own + offs, v, mask=mask)
+    out = (out_row * rows_per_step + first) * N
+    tl.store(v_out_ptr + out + offs, to_operand(v, OPERAND), mask=mask)
+    if not REPLAY:
+        if MEAN:
+            count = tl.load(counts_ptr + first * N + offs, mask=mask, other=0.0)
+            tl.store(counts_ptr + first * N + offs, count + s.to(tl.float32), mask=mask)
+            if SAVE:
+                bits_t = bits_ptr + ((t // 32) * rows_per_step + first) * N
+                word = tl.load(bits_t + offs, mask=mask & (t % 32 != 0), other=0)
+                tl.store(bits_t + offs, word | (s.to(tl.int32) << (t % 32)), mask=mask)
+        else:
+            s_t = spikes_ptr + (t * rows_per_step + first) * N
+            tl.store(s_t + offs, s.to(spikes_ptr.dtype.element_ty), mask=mask)
+
+
+def cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """a, contiguous and in the dtype of a product's operand, saturated instead of infinite."""
+    if a is None:
+        return None
+    if dtype == torch.float16 and a.dtype != torch.float16:
+        a = a.clamp(-65504.0, 65504.0)
+    return a.to(dtype).contiguous()
+
+
+def project(x: Tensor, weight_x: Tensor | None, bias: Tensor | None) -> Tensor:
+    """weight_x x + bias [steps, B, G N] for x [steps, B, N], all in the operands' dtype.
+
+    Without gates there is nothing to read and x itself stands in for the pointer.
+    """
+    if weight_x is None:
+        return x
+    return F.linear(cast(x, weight_x.dtype), weight_x, bias)
+
+
+def gate_letters(gates: tuple[str, ...]) -> str:
+    """The gates as the kernels' constexpr: one letter each, in order."""
+    return "".join(gate[0] for gate in gates)
+
+
+def recurrence_forward(
+    x: Tensor,
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
+    v_reset: Tensor,
+    v0: Tensor,
+    gates: tuple[str, ...],
+    every: int,
+    mean: bool,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run GPN forward with the kernels; arguments and results as reference.gpn_forward.
+
+    Args:
+        x [T, B, N] float32, float16 or bfloat16: synaptic current.
+        weight_x, weight_v [G N, N], bias [G N] float32: gate weights; None without gates.
+        v_reset, v0 [B, N] float32. gates: reference.GATES[variant].
+        every: save v every so many steps; 0 saves nothing. mean: return the mean spike only.
+        plan: tiles.choose(...).
+    Returns:
+        spikes [T, B, N] of x's dtype, or their mean [B, N] float32; v_final [B, N] float32;
+        v_saved [ceil(T / every), B, N]; spike_bits [ceil(T / 32), B, N] int32 if mean, else empty.
+    """
+    T, B, N = x.shape
+    x, v_reset = x.contiguous(), v_reset.contiguous()
+    operand = operand_dtype(x.dtype)
+    weight_x, weight_v, bias = (cast(w, operand) for w in (weight_x, weight_v, bias))
+    v = v0.clone(memory_format=torch.contiguous_format)
+    v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=operand)
+    bits = x.new_empty((-(-T // 32) if mean and every else 0, B, N), dtype=torch.int32)
+    counts = torch.zeros_like(v) if mean else v
+    spikes = x if mean else torch.empty_like(x)
+    if every:
+        v_saved[0] = cast(v0, operand)
+    outputs = (v, v_saved, spikes, bits, counts)
+    run = _persistent if plan.strategy == "persistent" else _stepwise
+    run(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan)
+    return (counts / T if mean else spikes), v, v_saved, bits
+
+
+def _constants(x: Tensor, gates: tuple[str, ...], plan: Plan) -> dict:
+    """The constexpr arguments that every launch of the recurrence shares."""
+    N = x.shape[-1]
+    return dict(
+        N=N,
+        GATES=gate_letters(gates),
+        DEPTH=max(1, len(gates)) * N,
+        PRECISION=plan.precision,
+        FAST=is_half(x.dtype) and not INTERPRETED,
+    )
+
+
+def _persistent(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan) -> None:
+    T, B, N = x.shape
+    tile = plan.forward
+    grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N), 1)
+    v, v_saved, spikes, bits, counts = outputs
+    for start in range(0, T, plan.forward_steps):
+        stop = min(T, start + plan.forward_steps)
+        zx = project(x[start:stop], weight_x, bias)
+        recurrence_forward_persistent_kernel[grid](
+            zx, x, weight_v, v_reset, v, v_saved, spikes, bits, counts,
+            start, stop, T, B, max(1, every),
+            MEAN=mean, SAVE=every > 0, REPLAY=False,
+            BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N, STAGES=tile.num_stages,
+            OPERAND=TL_DTYPES[v_saved.dtype], num_warps=tile.num_warps,
+            **_constants(x, gates, plan),
+        )  # fmt: skip
+
+
+def _stepwise(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan) -> None:
+    T, B, N = x.shape
+    tile = plan.forward
+    grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N), 1)
+    v, v_saved, spikes, bits, counts = outputs
+    # v[t] is read whole by every program of step t: where it is not saved it goes through two rows
+    pair = x.new_empty((2, B, N), dtype=v_saved.dtype)
+    pair[0] = cast(v, v_saved.dtype)
+    source, in_row = pair, 0
+    for t in range(T):
+        chunk_row = t % plan.forward_steps
+        if chunk_row == 0 and plan.hoist:
+            zx = project(x[t : t + plan.forward_steps], weight_x, bias)
+        if every and (t + 1) % every == 0 and t + 1 < T:
+            target, out_row = v_saved, (t + 1) // every
+        else:
+            target, out_row = pair, (t + 1) % 2
+        recurrence_forward_stepwise_kernel[grid](
+            zx if plan.hoist else x, x, weight_x, bias, weight_v, v_reset, source,
+            v, target, spikes, bits, counts,
+            t, chunk_row, in_row, out_row, B, 0,
+            HOIST=plan.hoist, MEAN=mean, SAVE=every > 0, REPLAY=False,
+            BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+            STAGES=tile.num_stages, OPERAND=TL_DTYPES[v_saved.dtype], num_warps=tile.num_warps,
+            **_constants(x, gates, plan),
+        )  # fmt: skip
+        source, in_row = target, out_row
+
+
+def recurrence_replay(
+    v_saved: Tensor,
+    x: Tensor,
+    spikes: Tensor,
+    zx: Tensor,
+    weight_v: Tensor | None,
+    v_reset: Tensor,
+    gates: tuple[str, ...],
+    start: int,
+    stop: int,
+    every: int,
+    mean: bool,
+    plan: Plan,
+) -> Tensor:
+    """v at every step of a chunk, from the v saved every `every` steps and the saved spikes.
+
+    The stretches between two saved membranes run side by side. The saved spikes reset v, never
+    recomputed ones: rounding could cross the threshold the other way.
+
+    Args:
+        v_saved [ceil(T / every), B, N], x [T, B, N], spikes: as recurrence_forward gave them
+            (spike_bits if mean). zx [stop - start, B, G N]: project() of the chunk.
+        weight_v [G N, N]: in v_saved's dtype. v_reset [B, N] float32.
+        start, stop: the chunk; start is a multiple of every.
+    Returns:
+        v [stop - start, B, N] of v_saved's dtype.
+    """
+    _, B, N = x.shape
+    steps = stop - start
+    v = v_saved.new_empty(steps, B, N)
+    v[::every] = v_saved[start // every : -(-stop // every)]
+    tile = plan.forward
+    tiles = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N))
+    constants = dict(
+        MEAN=mean, SAVE=True, REPLAY=True, BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N,
+        STAGES=tile.num_stages, OPERAND=TL_DTYPES[v.dtype], num_warps=tile.num_warps,
+        **_constants(x, gates, plan),
+    )  # fmt: skip
+    if plan.strategy == "persistent":
+        recurrence_forward_persistent_kernel[(*tiles, triton.cdiv(steps, every))](
+            zx, x, weight_v, v_reset, v_reset, v, spikes, spikes, v_reset,
+            start, stop, stop, B, every, **constants,
+        )  # fmt: skip
+        return v
+    state = v_saved[start // every : -(-stop // every)].to(torch.float32, copy=True)
+    for j in range(min(every, steps) - 1):
+        segments = triton.cdiv(steps - 1 - j, every)
+        recurrence_forward_stepwise_kernel[(*tiles, segments)](
+            zx, x, weight_v, zx, weight_v, v_reset, v,
+            state, v, spikes, spikes, v_reset,
+            start + j, j, j, j + 1, B, every,
+            HOIST=True, BLOCK_K=tile.BLOCK_K, **constants,
+        )  # fmt: skip
+    return v
