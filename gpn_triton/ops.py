@@ -165,7 +165,7 @@ def _(x, weight_x, weight_v, bias, v_reset, v0, variant, surrogate, alpha, backe
     T, B, N = x.shape
     saved = torch.float16 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     return (
-        v0.new_empty(B, N) if mean else torch.empty_like(x, memory_format=torch.contiguous_format),
+        v0.new_empty(B, N) if mean else x.new_empty(x.shape),
         v0.new_empty(B, N),
         x.new_empty(-(-T // every) if every else 0, B, N, dtype=saved),
         x.new_empty(-(-T // 32) if mean and every else 0, B, N, dtype=torch.int32),

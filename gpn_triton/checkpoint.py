@@ -1,0 +1,106 @@
+"""Files of a run, each written whole or not at all: checkpoints, weights, JSON, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+KEPT_CHECKPOINTS = 2
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file under a temporary name, sync it and rename it into place.
+
+    Args:
+        path: the file; an older one of that name is replaced at once or stays.
+        write: called with the open binary file.
+    Raises:
+        OSError: the folder cannot be written or the disk is full; no half file is left.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's parameters and buffers as safetensors."""
+    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    write_atomically(path, lambda file: file.write(save(tensors)))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read what save_weights wrote into a model of the same shape.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not safetensors, or of another model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: no such file: {path}")
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"weights: {path} does not fit this network: {first}") from None
+
+
+def save_checkpoint(run: Path, state: dict[str, Any], epoch: int, step: int) -> Path:
+    """Write a run's state as checkpoint-EPOCH-STEP.pt and remove all but the newest two."""
+    path = Path(run, f"checkpoint-{epoch:05d}-{step:06d}.pt")
+    write_atomically(path, lambda file: torch.save(state, file))
+    for old in sorted(Path(run).glob("checkpoint-*.pt"))[:-KEPT_CHECKPOINTS]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(run: Path) -> tuple[dict[str, Any], Path] | None:
+    """The newest checkpoint of a run that can be read, with its path; None if there is none.
+
+    Files are loaded as data only; nothing in them is executed. A damaged newest file is reported
+    and the one before it used.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    paths = sorted(Path(run).glob("checkpoint-*.pt"), reverse=True)
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(state, dict):
+                return state, path
+            reason = f"expected a dict, got {type(state).__name__}"
+        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0]
+        print(f"checkpoint {path} cannot be read, trying the one before: {reason}")
+    if paths:
+        raise ValueError(f"resume: none of the checkpoints in {run} can be read")
+    return None
