@@ -99,7 +99,7 @@ def load_checkpoint(run: Path) -> tuple[dict[str, Any], Path] | None:
                 return state, path
             reason = f"expected a dict, got {type(state).__name__}"
         except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"checkpoint {path} cannot be read, trying the one before: {reason}")
     if paths:
         raise ValueError(f"resume: none of the checkpoints in {run} can be read")

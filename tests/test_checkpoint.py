@@ -1,0 +1,70 @@
+"""A run's files are written whole or not at all, and damaged ones are told apart."""
+
+import pytest
+import torch
+
+from gpn_triton import checkpoint
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, lambda f: f.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_newest_two_checkpoints_are_kept_and_the_newest_loaded(tmp_path):
+    for step in range(4):
+        checkpoint.save_checkpoint(tmp_path, {"step": step, "t": torch.arange(step)}, 0, step)
+    assert len(list(tmp_path.iterdir())) == checkpoint.KEPT_CHECKPOINTS
+    state, path = checkpoint.load_checkpoint(tmp_path)
+    assert state["step"] == 3 and path.name == "checkpoint-00000-000003.pt"
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "half"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, capsys):
+    checkpoint.save_checkpoint(tmp_path, {"step": 1}, 0, 1)
+    path = checkpoint.save_checkpoint(tmp_path, {"step": 2}, 0, 2)
+    path.write_bytes(path.read_bytes()[:200] if damage == "half" else damage)
+    assert checkpoint.load_checkpoint(tmp_path)[0]["step"] == 1
+    assert "cannot be read" in capsys.readouterr().out
+    path.with_name("checkpoint-00000-000001.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        checkpoint.load_checkpoint(tmp_path)
+
+
+def test_loading_a_checkpoint_executes_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    torch.save({"x": Evil()}, tmp_path / "checkpoint-00000-000001.pt")
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        checkpoint.load_checkpoint(tmp_path)
+    assert not (tmp_path / "written").exists()
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.load_checkpoint(tmp_path) is None
+
+
+def test_weights_round_trip_and_foreign_ones_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    checkpoint.save_weights(tmp_path / "w", model)
+    checkpoint.load_weights(tmp_path / "w", other)
+    assert torch.equal(model.weight, other.weight)
+    with pytest.raises(ValueError, match="does not fit this network"):
+        checkpoint.load_weights(tmp_path / "w", torch.nn.Linear(4, 2))
+    (tmp_path / "w").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="does not fit this network"):
+        checkpoint.load_weights(tmp_path / "w", other)
+    with pytest.raises(FileNotFoundError, match="weights: no such file"):
+        checkpoint.load_weights(tmp_path / "none", other)

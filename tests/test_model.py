@@ -1,0 +1,120 @@
+"""Layers and networks: shapes, the paper's sizes, held dropout, the authors' weight layout."""
+
+import pytest
+import torch
+
+from gpn_triton import GPN, SpikingClassifier
+from gpn_triton.layers import LIF, CubaLIF, HeldDropout
+from gpn_triton.model import NEURONS
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_every_neuron_trains_a_two_layer_network(neuron):
+    torch.manual_seed(0)
+    model = SpikingClassifier([12, 7], neuron, inputs=9, classes=4, time_bins=6)
+    logits, activity = model(torch.poisson(torch.full((6, 3, 9), 1.0)))
+    assert logits.shape == (3, 4) and activity.shape == (2,)
+    logits.logsumexp(1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "classes", "neuron", "parameters"),
+    [
+        ([128], 20, "gpn", 223_892),
+        ([512, 256, 128], 35, "gpn", 3_283_747),
+        ([1024], 20, "gpn", 9_131_028),
+        ([1024] * 3, 35, "gpn", 28_031_011),
+        ([128], 20, "lif", 92_308),
+    ],
+)
+def test_the_papers_networks_have_their_parameter_counts(hidden, classes, neuron, parameters):
+    with torch.device("meta"):
+        model = SpikingClassifier(hidden, neuron, classes=classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_mean_readout_is_the_mean_of_the_logits():
+    torch.manual_seed(1)
+    model = SpikingClassifier([16], inputs=9, classes=4).eval().double()
+    x = torch.poisson(torch.full((11, 3, 9), 1.0)).double()
+    spikes, _ = GPN.forward(model.neurons[0], model.inputs[0](x))
+    assert spikes.shape == (3, 16)  # the mean alone
+    model.neurons[0].options["output"] = "spikes"
+    spikes, _ = model.neurons[0](model.inputs[0](x))
+    torch.testing.assert_close(model(x)[0], model.output(spikes).mean(0), rtol=1e-12, atol=1e-12)
+
+
+def test_last_readout_sees_the_last_step_only():
+    torch.manual_seed(1)
+    model = SpikingClassifier([16], inputs=9, classes=4, readout="last").eval()
+    x = torch.poisson(torch.full((5, 3, 9), 1.0))
+    spikes, _ = model.neurons[0](model.inputs[0](x))
+    torch.testing.assert_close(model(x)[0], model.output(spikes[-1]))
+
+
+def test_evaluation_draws_nothing_and_training_draws_v_reset_once_a_sequence():
+    layer = GPN(8)
+    x = torch.randn(5, 3, 8)
+    layer.eval()
+    assert torch.equal(layer(x)[1], layer(x)[1])
+    layer.train()
+    assert not torch.equal(layer(x)[1], layer(x)[1])
+    torch.manual_seed(3)
+    drawn = layer(x)[1]
+    torch.manual_seed(3)
+    v_reset = 0.05 * torch.randn(3, 8)
+    assert torch.equal(layer(x, v_reset=v_reset)[1], drawn)
+
+
+def test_held_dropout_keeps_one_mask_over_time_and_the_mean():
+    torch.manual_seed(0)
+    dropout = HeldDropout(0.25)
+    y = dropout(torch.ones(7, 100, 50))
+    assert torch.equal(y[0].expand_as(y), y)
+    assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert y.mean().item() == pytest.approx(1, abs=0.03)
+    dropout.eval()
+    assert torch.equal(dropout(y), y)
+
+
+@pytest.mark.parametrize("variant", ["full", "no-fi", "no-t"])
+def test_authors_weights_round_trip(variant):
+    torch.manual_seed(0)
+    layer, other = GPN(6, variant).eval(), GPN(6, variant).eval()
+    other.load_authors_weights(*layer.authors_weights())
+    x = torch.randn(4, 2, 6)
+    assert torch.equal(layer(x)[1], other(x)[1])
+    ln_weight, _ = layer.authors_weights()
+    assert torch.equal(ln_weight[:, :6], layer.weight_v)
+
+
+@pytest.mark.parametrize("layer", [GPN(4), LIF(4), LIF(4, learn_tau=True), CubaLIF(4)])
+def test_state_carried_through_a_layer_equals_one_call(layer):
+    layer.eval()
+    torch.manual_seed(0)
+    x = 2 * torch.randn(6, 2, 4)
+    whole, _ = layer(x)
+    first, state = layer(x[:2])
+    second, _ = layer(x[2:], state)
+    assert torch.equal(torch.cat([first, second]), whole)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GPN(0), "hidden_size: expected at least 1, got 0"),
+        (lambda: GPN(4, "no-z"), "variant: expected one of full"),
+        (lambda: GPN(4)(torch.zeros(2, 1, 5)), r"x: expected \[T, B, 4\], got \[2, 1, 5\]"),
+        (lambda: GPN(4).load_authors_weights(torch.zeros(16, 4), torch.zeros(16)), "ln_weight"),
+        (lambda: LIF(4, tau=1.0), "tau: expected more than 1 bin, got 1.0"),
+        (lambda: HeldDropout(1.0), "dropout: expected 0 <= p < 1, got 1.0"),
+        (lambda: SpikingClassifier([]), "hidden: expected one or more sizes"),
+        (lambda: SpikingClassifier([4], "glif"), "neuron: expected one of gpn"),
+        (lambda: SpikingClassifier([4], readout="max"), "readout: expected one of mean, last"),
+        (lambda: SpikingClassifier([4], "cnn"), "time_bins: the cnn's readout"),
+    ],
+)
+def test_bad_options_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
