@@ -192,21 +192,16 @@ def recurrence_backward_persistent_kernel(
 
 
 @triton.jit
-def _add_open_product(
-    g_v, g_z_ptr, w_ptr, rows, n, row_mask, gate: tl.constexpr,
+def _load_open(
+    g_z_ptr, rows, k, mask, gate: tl.constexpr,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one gate's weight_v^T g_z, for the rows g_z [BLOCK_B, G N] at g_z_ptr."""
+    """Columns k of the gate's g_z, as a product's operand; nothing if absent."""
     if has(GATES, gate):
-        for k0 in tl.range(0, N, BLOCK_K, num_stages=STAGES):
-            k = k0 + tl.arange(0, BLOCK_K)
-            offs = rows * DEPTH + place(GATES, gate) * N + k[None, :]
-            g_z = tl.load(g_z_ptr + offs, mask=row_mask & (k[None, :] < N), other=0.0)
-            w_mask = (k[:, None] < N) & (n < N)
-            w = _load_weight(w_ptr, k[:, None], n, w_mask, gate, GATES, N)
-            g_v = tl.dot(g_z, w, acc=g_v, input_precision=PRECISION)
-    return g_v
+        offs = rows * DEPTH + place(GATES, gate) * N + k
+        return tl.load(g_z_ptr + offs, mask=mask, other=0.0)
+    else:
+        return 0.0
 
 
 @triton.jit(do_not_specialize=["row", "start", "B"])
@@ -235,18 +230,24 @@ def recurrence_backward_stepwise_kernel(
     g_v = tl.load(g_v_ptr + first * N + offs, mask=mask, other=0.0)
     if PRODUCT:
         open_z = g_z_ptr + ((row + 1) * rows_per_step + first) * DEPTH
-        g_v = _add_open_product(
-            g_v, open_z, weight_v_ptr, rows, n, row_mask, "f",
-            N, GATES, DEPTH, BLOCK_K, STAGES, PRECISION,
-        )  # fmt: skip
-        g_v = _add_open_product(
-            g_v, open_z, weight_v_ptr, rows, n, row_mask, "i",
-            N, GATES, DEPTH, BLOCK_K, STAGES, PRECISION,
-        )  # fmt: skip
-        g_v = _add_open_product(
-            g_v, open_z, weight_v_ptr, rows, n, row_mask, "b",
-            N, GATES, DEPTH, BLOCK_K, STAGES, PRECISION,
-        )  # fmt: skip
+        # three sums side by side, not one chain three times as long
+        g_f = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+        g_i = g_f
+        g_b = g_f
+        for k0 in tl.range(0, N, BLOCK_K, num_stages=STAGES):
+            k = k0 + tl.arange(0, BLOCK_K)
+            z_mask = row_mask & (k[None, :] < N)
+            w_mask = (k[:, None] < N) & (n < N)
+            g_z_f = _load_open(open_z, rows, k[None, :], z_mask, "f", N, GATES, DEPTH)
+            g_z_i = _load_open(open_z, rows, k[None, :], z_mask, "i", N, GATES, DEPTH)
+            g_z_b = _load_open(open_z, rows, k[None, :], z_mask, "b", N, GATES, DEPTH)
+            w_f = _load_weight(weight_v_ptr, k[:, None], n, w_mask, "f", GATES, N)
+            w_i = _load_weight(weight_v_ptr, k[:, None], n, w_mask, "i", GATES, N)
+            w_b = _load_weight(weight_v_ptr, k[:, None], n, w_mask, "b", GATES, N)
+            g_f = _add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
+            g_i = _add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
+            g_b = _add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
+        g_v += g_f + g_i + g_b
     if CELL:
         g_v, _, _, _ = _step(
             g_v, z_ptr, x_ptr, spikes_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,

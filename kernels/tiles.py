@@ -16,7 +16,10 @@ import torch
 CHUNK_BYTES = 64 << 20
 # a word of packed spikes holds 32 steps, and chunks of whole words keep every slice aligned
 WORD = 32
-PERSISTENT_N = 128  # more neurons do not fit the shared memory of one multiprocessor
+# more neurons do not fit the shared memory of one multiprocessor
+PERSISTENT_N = 128
+PERSISTENT_N_FLOAT32 = 64
+PERSISTENT_B = 16
 DEFAULT_SMS = 132
 DEFAULT_SHARED_BYTES = 227 * 1024
 
@@ -80,21 +83,29 @@ def block(N: int) -> int:
     return max(16, 1 << (N - 1).bit_length())
 
 
-def persistent_shared_bytes(N: int, gates: int, dtype: torch.dtype, tile: Tile) -> int:
-    """Upper bound on the shared memory of the persistent kernels, in bytes.
+def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) -> dict:
+    """Shared memory of the persistent kernels as {kernel: (fixed, per stage after the first)}.
 
-    The weights of all gates, num_stages - 1 buffers of everything read in a step, and the operand.
+    Fixed are the weights, the operands of the products and a tile to reorder what is stored; a
+    stage holds every tile that a step reads. Equal to the compiler's figures for sm_80 and sm_90
+    with N a power of two, an upper bound elsewhere. In bytes, for rows of PERSISTENT_B.
     """
-    itemsize = operand_dtype(dtype).itemsize
-    rows = tile.BLOCK_B * block(N)
-    weights = gates * block(N) ** 2 * itemsize
-    # z of every gate, x, v, the spikes (at most a word), g_u and rest
-    return weights + (tile.num_stages - 1) * rows * ((gates + 4) * itemsize + 4) + rows * 4
+    size, G = operand_dtype(dtype).itemsize, len(gates)
+    serial = G - ("theta" in gates)
+    weight, tile = block(N) ** 2, PERSISTENT_B * block(N)
+    # backward reads z of the serial gates, x, v, g_u, rest and the spikes (a word, if packed)
+    return {
+        "forward": (size * (G * weight + tile), size * (G + 1) * tile),
+        "backward": (
+            size * (serial * weight + (serial + 1) * tile),
+            size * (serial + 4) * tile + 4 * tile,
+        ),
+    }
 
 
 def _steps(T: int, row_bytes: int, multiple: int) -> int:
     """Steps in a chunk of about CHUNK_BYTES: at least one multiple, at most T or 2^14."""
-    steps = min(max(1, CHUNK_BYTES // row_bytes), 1 << 14)
+    steps = min(CHUNK_BYTES // row_bytes, 1 << 14)
     return min(T, max(multiple, steps // multiple * multiple))
 
 
@@ -103,7 +114,7 @@ def choose(
     B: int,
     N: int,
     dtype: torch.dtype,
-    gates: int,
+    gates: tuple[str, ...],
     every: int = 1,
     precision: str = "ieee",
     sm_count: int = DEFAULT_SMS,
@@ -112,7 +123,7 @@ def choose(
     """Choose how a layer runs.
 
     Args:
-        T, B, N: time bins, batch, neurons. dtype: of x. gates: 0 to 4, how many have weights.
+        T, B, N: time bins, batch, neurons. dtype: of x. gates: reference.GATES[variant].
         every: the membrane is saved every so many steps (0 counts as 1).
         precision: of float32 products, "ieee" or "tf32".
         sm_count: multiprocessors. shared_bytes: shared memory one program may have. The defaults
@@ -120,39 +131,61 @@ def choose(
     Returns:
         The plan; plan.reason says why in one sentence.
     """
-    every = max(1, every)
-    row_bytes = max(1, gates) * B * N * operand_dtype(dtype).itemsize
-    forward_steps = _steps(T, row_bytes, WORD)
-    backward_steps = _steps(T, row_bytes, WORD if every == 1 else every)
-    half = is_half(dtype)
+    half, size = is_half(dtype), operand_dtype(dtype).itemsize
+    row_bytes = max(1, len(gates)) * B * N * size
+    strategy, tiles, reason = _tiles(B, N, dtype, gates, precision, sm_count, shared_bytes)
+    # without the buffer every step takes a second product: only where not even two steps of it are
+    # in proportion. unmeasured
+    hoist = strategy == "persistent" or 2 * row_bytes <= CHUNK_BYTES
+    return Plan(
+        strategy,
+        hoist,
+        *tiles,
+        forward_steps=_steps(T, row_bytes, WORD) if hoist else T,
+        # 8 steps keep a slice of v_saved aligned to 16 bytes for any N
+        backward_steps=_steps(T, row_bytes, every if every > 1 else 8),
+        precision="ieee" if half else precision,
+        reason=reason,
+    )
 
-    if gates == 0:
-        # no product couples the neurons: tiles of them run independently for any N. unmeasured
-        tile = Tile(16, min(block(N), 128), 0, 4, 3)
-        why = "the variant has no gates: every neuron runs by itself"
-        return Plan("persistent", True, tile, tile, forward_steps, backward_steps, precision, why)
-    if N <= PERSISTENT_N:
-        warps = 8 if block(N) >= 64 else 4
-        for stages in (3, 2):
-            tile = Tile(16, block(N), block(N), warps, stages)
-            need = persistent_shared_bytes(N, gates, dtype, tile)
-            if need <= shared_bytes and (half or precision == "tf32" or N <= 32):
-                why = f"N <= {PERSISTENT_N} and {need // 1024} KiB keep the weights on chip"
-                return Plan(
-                    "persistent", True, tile, tile, forward_steps, backward_steps, precision, why
-                )
-        why = f"the weights of {gates} gates at N = {N} in {dtype} do not stay on chip"
+
+def _tiles(
+    B: int, N: int, dtype: torch.dtype, gates: tuple, precision: str, sm_count: int, limit: int
+) -> tuple[str, tuple[Tile, Tile], str]:
+    """strategy, (forward tile, backward tile), reason."""
+    if not gates:
+        # unmeasured
+        tile = Tile(PERSISTENT_B, min(block(N), 128), 0, 4, 3)
+        return "persistent", (tile, tile), "no gates: every neuron runs by itself, for any N"
+
+    shared = persistent_shared_bytes(N, gates, dtype)
+    fits = all(fixed + stage <= limit for fixed, stage in shared.values())
+    if N <= PERSISTENT_N and fits and (is_half(dtype) or N <= PERSISTENT_N_FLOAT32):
+        # 16 rows are the least a tensor core takes; 4 warps spill at N = 128 and, in float32, at
+        # N = 64. three stages where they fit: loads then start two steps ahead. unmeasured
+        warps = 8 if N > 32 else 4
+        tiles = tuple(
+            Tile(PERSISTENT_B, block(N), block(N), warps, 3 if fixed + 2 * stage <= limit else 2)
+            for fixed, stage in shared.values()
+        )
+        return "persistent", tiles, "the weights stay in shared memory for the whole sequence"
+
+    if N > PERSISTENT_N:
+        reason = f"the weights of more than {PERSISTENT_N} neurons fit no multiprocessor"
     else:
-        why = f"N > {PERSISTENT_N}: the weights do not fit one multiprocessor"
-
-    # the largest tile of rows that still gives every multiprocessor a program. unmeasured
-    BLOCK_N = 32
-    neuron_tiles = -(-N // BLOCK_N)
-    BLOCK_B = 16
-    while BLOCK_B < 64 and -(-B // (2 * BLOCK_B)) * neuron_tiles >= sm_count:
+        kib = max(fixed + stage for fixed, stage in shared.values()) >> 10
+        reason = (
+            f"to keep the weights on chip takes {kib} KiB in {dtype}, {limit >> 10} KiB are there"
+        )
+    # the most rows that still give every multiprocessor a program. unmeasured
+    BLOCK_N, BLOCK_B = 32, 16
+    while BLOCK_B < 64 and -(-B // (2 * BLOCK_B)) * -(-N // BLOCK_N) >= sm_count:
         BLOCK_B *= 2
-    depth = (64 if half else 32) if half or precision == "tf32" else 16
-    tile = Tile(BLOCK_B, BLOCK_N, depth, 4, 3)
-    # a chunk of a few steps is not worth a product of its own. unmeasured
-    hoist = row_bytes * 4 <= CHUNK_BYTES * 4
-    return Plan("stepwise", hoist, tile, tile, forward_steps, backward_steps, precision, why)
+    # deeper blocks spill in ieee, which has no tensor cores, shallower ones in tf32, and so do 4
+    # warps with 64 rows. unmeasured
+    BLOCK_K = 64 if is_half(dtype) or precision == "tf32" else 16
+    warps = 8 if BLOCK_B == 64 else 4
+    # backward holds three gates of g_z and of the weights per stage
+    stage = 3 * (BLOCK_B + BLOCK_N) * BLOCK_K * operand_dtype(dtype).itemsize
+    tile = Tile(BLOCK_B, BLOCK_N, BLOCK_K, warps, 3 if 3 * stage <= limit else 2)
+    return "stepwise", (tile, tile), reason
