@@ -6,6 +6,9 @@ torch.compile(fullgraph=True) and CUDA-graph capture see one node each. The only
 recurrence kernels; they are imported when first asked for.
 """
 
+import importlib.util
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -49,7 +52,8 @@ def gpn(
         variant: full, no-fi, no-i, no-t, no-b or no-fitb (the paper's ablations).
         surrogate: atan, sigmoid, fast-sigmoid or triangle; alpha: its width, larger is narrower.
         backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto: triton
-            for CUDA tensors up to float32, else torch. A backend asked for by name runs or raises.
+            for CUDA tensors up to float32 where the kernels can run (see triton_unavailable), else
+            torch. A backend asked for by name runs or raises.
         checkpoint_every: save the membrane every so many steps for backward and replay the steps
             between; None or 1 saves every step.
         output: spikes, or mean: only their mean over time, so that [T, B, N] is never written.
@@ -126,18 +130,181 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
 
 def _choose_backend(backend: str, x: Tensor) -> str:
     """torch or triton; raises RuntimeError if triton was asked for and cannot run."""
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
+        return "torch"
+    reason = triton_unavailable(x)
+    if reason is None:
+        return "triton"
     if backend == "auto":
-        return "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
-    if backend == "triton":
-        reason = triton_unavailable(x)
-        if reason:
-            raise RuntimeError(f"backend='triton' cannot run: {reason}")
-    return backend
+        return "torch"
+    raise RuntimeError(f"backend='triton' cannot run: {reason}")
 
 
 def triton_unavailable(x: Tensor) -> str | None:
     """Why the Triton kernels cannot take x, with what would help; None if they can."""
-    return "the kernels are not part of this version; use backend='torch' or 'auto'"
+    if x.dtype == torch.float64:
+        return "x is float64 and the kernels compute in float32; use float32 or backend='torch'"
+    return _device_unavailable(x.device.type, x.device.index)
+
+
+# the answer cannot change while a process runs, and torch.compile need not look for packages
+@torch.compiler.assume_constant_result
+def _device_unavailable(kind: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on a device."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it exists for Linux: pip install triton)"
+    from triton import knobs
+
+    if kind == "cpu" and not knobs.runtime.interpret:
+        return (
+            "x is on the CPU; move it to a CUDA GPU, or set TRITON_INTERPRET=1 before Python starts"
+            " to run the kernels in Triton's interpreter (for tests: it is slow)"
+        )
+    if kind not in ("cpu", "cuda"):
+        return f"x is on device {kind!r}; the kernels run on CUDA GPUs"
+    if kind == "cuda" and torch.version.hip:
+        return "this is a ROCm build of torch; the kernels are written for NVIDIA GPUs"
+    if kind == "cuda" and torch.cuda.get_device_capability(index) < (8, 0):
+        capability = torch.cuda.get_device_capability(index)
+        return f"the GPU has compute capability {capability}; the kernels need (8, 0) or more"
+    return None
+
+
+def _plan(x: Tensor, variant: str, every: int):
+    """tiles.choose for x, whose device is current."""
+    from gpn_triton.kernels import tiles
+
+    limits = _device_limits() if x.is_cuda else {}
+    return tiles.choose(*x.shape, x.dtype, GATES[variant], every, _float32_precision(), **limits)
+
+
+def _device_limits() -> dict[str, int]:
+    """What tiles.choose asks about the current GPU."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "sm_count": properties.multi_processor_count,
+        "shared_bytes": properties.shared_memory_per_block_optin,
+    }
+
+
+def _float32_precision() -> str:
+    """How float32 operands are multiplied, by torch.set_float32_matmul_precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What explain() found; print it.
+
+    plan: tiles.Plan. kernels: offline.Report of each kernel, or None and why_not_compiled.
+    forward_gflop, backward_gflop: products only. forward_mib, backward_mib: read and written if
+    nothing stayed in a cache. saved_mib: kept from forward for backward, x and spikes included.
+    workspace_mib: live within a call, whatever T.
+    """
+
+    target: str
+    plan: object
+    kernels: list | None
+    why_not_compiled: str
+    forward_gflop: float
+    backward_gflop: float
+    forward_mib: float
+    backward_mib: float
+    saved_mib: float
+    workspace_mib: float
+
+    def __str__(self) -> str:
+        plan = self.plan
+        measured = "measured" if plan.measured else "unmeasured: no GPU has timed this choice"
+        lines = [
+            f"{plan.strategy} on {self.target} ({measured})",
+            f"because: {plan.reason}",
+            f"forward {plan.forward}, {plan.forward_steps} steps a chunk,"
+            f" weight_x x {'ahead of the loop' if plan.hoist else 'in the step'}",
+            f"backward {plan.backward}, {plan.backward_steps} steps a chunk",
+            f"work: {self.forward_gflop:.3g} GFLOP forward, {self.backward_gflop:.3g} backward",
+            f"traffic: {self.forward_mib:.3g} MiB forward, {self.backward_mib:.3g} backward",
+            f"memory: {self.saved_mib:.3g} MiB saved, {self.workspace_mib:.3g} MiB of workspace",
+        ]
+        if self.kernels is None:
+            return "\n".join([*lines, f"registers and shared memory: {self.why_not_compiled}"])
+        for k in self.kernels:
+            lines.append(
+                f"{k.kernel}: {k.registers} registers, {k.shared_bytes / 1024:.3g} KiB shared,"
+                f" {k.num_warps} warps, {k.stack_bytes} bytes of stack"
+            )
+        return "\n".join(lines)
+
+
+def explain(
+    T: int,
+    B: int,
+    N: int,
+    dtype: torch.dtype = torch.float32,
+    variant: str = "full",
+    checkpoint_every: int | None = None,
+    output: str = "spikes",
+) -> Explanation:
+    """Say how the Triton kernels would run a layer, and what that costs; runs nothing.
+
+    For the current GPU if there is one, otherwise for an H200. Registers and shared memory are the
+    compiler's, which takes some seconds. Work and bytes are counted, not measured.
+
+    Args:
+        T, B, N: time bins, batch, neurons. dtype: of x, float32 or a half type (under autocast,
+            autocast's). variant, checkpoint_every, output: as for gpn.
+    Returns:
+        An Explanation; str() of it is the report.
+    Raises:
+        ValueError: a dtype the kernels do not take.
+        RuntimeError: triton is not installed.
+    """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("explain needs triton (it exists for Linux: pip install triton)")
+    from triton import knobs
+
+    from gpn_triton.kernels import offline, tiles
+
+    gates, every, mean = GATES[variant], checkpoint_every or 1, output == "mean"
+    target, capability, limits = "an H200, for want of a GPU", 90, {}
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        target, capability = torch.cuda.get_device_name(), major * 10 + minor
+        limits = _device_limits()
+    plan = tiles.choose(T, B, N, dtype, gates, every, _float32_precision(), **limits)
+    kernels, why_not = None, ""
+    if knobs.runtime.interpret:
+        why_not = "not compiled, since this process interprets kernels (TRITON_INTERPRET)"
+    else:
+        _, kernels = offline.compile_layer(
+            N, dtype, capability, gates, every=every, mean=mean, plan=plan
+        )
+
+    G, cells, size = len(gates), T * B * N, dtype.itemsize
+    product = 2 * cells * G * N  # one of [T B, N] with [G N, N]
+    s_bytes = cells / 8 if mean else cells * size
+    v_bytes = cells / every * size
+    z_bytes = cells * G * size
+    backward_z = plan.backward_steps * B * N * size
+    return Explanation(
+        target,
+        plan,
+        kernels,
+        why_not,
+        forward_gflop=2 * product / 1e9,
+        # z again, the products with weight_v and weight_x, their gradients; replay: weight_v once
+        backward_gflop=(6 + (every > 1)) * product / 1e9,
+        # x once for the product and once in the step, z written and read
+        forward_mib=(2 * cells * size + s_bytes + v_bytes + 2 * z_bytes * plan.hoist) / 2**20,
+        # z is written, added to, read by two kernels, overwritten and read by four products; x, v,
+        # spikes, g_s, g_u, rest and g_x pass by in between
+        backward_mib=(9 * z_bytes + 12 * cells * size + 2 * s_bytes + v_bytes) / 2**20,
+        saved_mib=(cells * size + s_bytes + v_bytes) / 2**20,
+        # z, g_u, rest, g_x, and v where it is replayed
+        workspace_mib=backward_z * (G + 3 + (every > 1)) / 2**20,
+    )
 
 
 @torch.library.custom_op("gpn_triton::recurrence", mutates_args=())
@@ -156,8 +323,15 @@ def _recurrence(
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """spikes or their mean, v_final, v_saved, spike_bits: see reference.gpn_forward."""
+    arguments = (x, weight_x, weight_v, bias, v_reset, v0)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.gpn_forward(x, weight_x, weight_v, bias, v_reset, v0, variant, every, mean)
+        if backend == "torch":
+            return reference.gpn_forward(*arguments, variant, every, mean)
+        from gpn_triton.kernels.recurrence_forward import recurrence_forward
+
+        with torch.cuda.device_of(x):
+            plan = _plan(x, variant, every)
+            return recurrence_forward(*arguments, GATES[variant], every, mean, plan)
 
 
 @_recurrence.register_fake
@@ -191,11 +365,18 @@ def _recurrence_backward(
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight_x, weight_v, bias (empty without weights), v0."""
+    arguments = (g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, spikes, v_saved)
+    options = (surrogate, alpha, every, mean)
     with torch.autocast(x.device.type, enabled=False):
-        g_x, *g_weights, g_v0 = reference.gpn_backward(
-            g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, spikes, v_saved,
-            variant, surrogate, alpha, every, mean,
-        )  # fmt: skip
+        if backend == "torch":
+            gradients = reference.gpn_backward(*arguments, variant, *options)
+        else:
+            from gpn_triton.kernels.recurrence_backward import recurrence_backward
+
+            with torch.cuda.device_of(x):
+                plan = _plan(x, variant, every)
+                gradients = recurrence_backward(*arguments, GATES[variant], *options, plan)
+    g_x, *g_weights, g_v0 = gradients
     return g_x, *(v_reset.new_empty(0) if g is None else g for g in g_weights), g_v0
 
 

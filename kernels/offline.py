@@ -1,0 +1,180 @@
+"""Compile the kernels that a layer would launch, for a GPU that need not be there, and read them.
+
+The launchers themselves run, on small CPU tensors, with every launch replaced by its compilation:
+what is compiled is what would be launched, argument for argument. Needs the triton wheel, which
+brings ptxas and the disassembler, and a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from gpn_triton.kernels import tiles
+from gpn_triton.kernels.recurrence_backward import recurrence_backward
+from gpn_triton.kernels.recurrence_forward import recurrence_forward
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# shared memory one program may have, by compute capability, from the CUDA programming guide
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SM_COUNT = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel needs and holds; instruction counts are of the machine code.
+
+    loop_*: within the innermost loop that has most tensor-core (or else most) instructions.
+    """
+
+    kernel: str
+    constants: dict
+    registers: int
+    stack_bytes: int
+    local_accesses: int
+    shared_bytes: int
+    num_warps: int
+    mma: int
+    async_copies: int
+    loop_instructions: int
+    loop_mma: int
+    loop_barriers: int
+    loop_loads: int
+
+
+class _AbsentGPU:
+    """The little that Triton asks of a driver in order to compile."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list]:
+    """Within the block every kernel launch compiles for the capability and runs nothing.
+
+    Yields:
+        the list of (kernel name, constants, compiled kernel), one entry per distinct kernel.
+    """
+    found, seen, run, old = [], set(), JITFunction.run, driver._active
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            constants = {k: v for k, v in kwargs.items() if k.isupper()}
+            found.append((self.__name__, constants, kernel))
+        return kernel
+
+    driver.set_active(_AbsentGPU(capability))
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        driver._active = old
+
+
+def _tool(name: str, option: str, cubin: str) -> str:
+    command = [str(TOOLS / name), option, cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read(name: str, constants: dict, kernel) -> Report:
+    """Disassemble one compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(kernel.asm["cubin"])
+    try:
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    finally:
+        os.unlink(file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions, labels, loops = [], {}, []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\S+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?(.*?);", line):
+            instructions.append(instruction[1])
+    for at, text in enumerate(instructions):
+        jump = re.match(r"BRA\b.*?`\((\.L_\S+)\)", text)
+        # the endless jump to itself that ends a kernel is no loop
+        if jump and labels.get(jump[1], at) < at:
+            loops.append(instructions[labels[jump[1]] : at + 1])
+
+    def count(code: list[str], pattern: str) -> int:
+        return sum(bool(re.match(pattern, text)) for text in code)
+
+    loop = max(loops, key=lambda code: (count(code, "H?G?MMA"), len(code)), default=[])
+    return Report(
+        name, constants, registers, stack,
+        count(instructions, "LDL|STL"), kernel.metadata.shared, kernel.metadata.num_warps,
+        count(instructions, "H?G?MMA"), count(instructions, "LDGSTS"),
+        len(loop), count(loop, "H?G?MMA"), count(loop, "BAR"), count(loop, r"LDG\."),
+    )  # fmt: skip
+
+
+def compile_layer(
+    N: int,
+    dtype: torch.dtype,
+    capability: int,
+    gates: tuple[str, ...] = ("f", "i", "b", "theta"),
+    surrogate: str = "atan",
+    T: int = 100,
+    B: int = 256,
+    every: int = 1,
+    mean: bool = False,
+    precision: str = "ieee",
+    plan: tiles.Plan | None = None,
+) -> tuple[tiles.Plan, list[Report]]:
+    """Compile every kernel that forward and backward of one layer launch.
+
+    Args:
+        N, dtype, gates, surrogate, every, mean: of the layer; T, B: what the plan is chosen for.
+        capability: 80, 86, 89, 90 or 100. precision: of float32 products, "ieee" or "tf32".
+        plan: instead of tiles.choose.
+    Returns:
+        the plan and one report per kernel.
+    """
+    plan = plan or tiles.choose(
+        T, B, N, dtype, gates, every, precision, SM_COUNT[capability], SHARED_BYTES[capability]
+    )
+    # the compiled code depends on neither T nor B: few steps of few rows reach every launch
+    steps, rows = 3 * every, 2
+    x = torch.zeros(steps, rows, N, dtype=dtype)
+    state = torch.zeros(rows, N)
+    weights = [None] * 3
+    if gates:
+        G = len(gates)
+        weights = [torch.zeros(G * N, N), torch.zeros(G * N, N), torch.zeros(G * N)]
+    with compiling(capability) as found:
+        out, _, v_saved, bits = recurrence_forward(
+            x, *weights, state, state, gates, every, mean, plan
+        )
+        g_out = torch.zeros_like(out)
+        recurrence_backward(
+            g_out, None, x, *weights, state, bits if mean else out, v_saved,
+            gates, surrogate, 2.0, every, mean, plan,
+        )  # fmt: skip
+    return plan, [read(*entry) for entry in found]
