@@ -1,0 +1,25 @@
+"""Before any test imports triton: interpret the kernels where there is no GPU to run them."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # read once, at the first import of triton, for the whole process
+    os.environ["TRITON_INTERPRET"] = "1"
+else:
+    # without it torch refuses cuBLAS under use_deterministic_algorithms
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and there is none"))

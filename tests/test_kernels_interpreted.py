@@ -1,0 +1,310 @@
+"""The recurrence kernels against the specification in float64: in Triton's interpreter where there
+is no GPU, on the GPU where there is one."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from gpn_triton import GPN, ops
+from gpn_triton.kernels import tiles
+from gpn_triton.kernels.recurrence_backward import recurrence_backward
+from gpn_triton.kernels.recurrence_forward import recurrence_forward
+from gpn_triton.reference import GATES, gpn_loop, unpack_spikes
+from gpn_triton.surrogate import SURROGATES
+from tests import interpreted_bfloat16
+from tests.tolerances import TOLERANCES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# of memory nobody wrote: NaN where a float, absurd where a whole number
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "bfloat16_as_on_a_gpu")
+
+
+@pytest.fixture
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def bfloat16_as_on_a_gpu(monkeypatch):
+    if DEVICE == "cpu":
+        interpreted_bfloat16.correct(monkeypatch)
+
+
+def layer(T, B, N, variant="full", dtype=torch.float32):
+    """x, weight_x, weight_v, bias, v_reset, v0 of a layer that spikes."""
+    G = len(GATES[variant])
+    x = torch.randn(T, B, N).to(dtype)
+    shapes = [(G * N, N), (G * N, N), (G * N,)]
+    weights = [(torch.rand(s) * 2 - 1) * 1.5 * N**-0.5 if G else None for s in shapes]
+    state = [torch.randn(B, N) * 0.05, torch.rand(B, N) * 0.3]
+    return [t if t is None else t.to(DEVICE) for t in (x, *weights, *state)]
+
+
+def plan(strategy, T, B, N, dtype, variant, every, **changes):
+    """A plan of the given strategy with tiles smaller than the layer."""
+    chosen = tiles.choose(T, B, N, dtype, GATES[variant], every)
+    tile = tiles.Tile(16, tiles.block(N) if N <= 128 else 64, 0, 8, 3)
+    if strategy == "stepwise":
+        tile = tiles.Tile(32, 64, 64, 4, 2)
+    return replace(chosen, strategy=strategy, **{"forward": tile, "backward": tile, **changes})
+
+
+def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, every=1,
+          surrogate="atan", alpha=2.0, **changes):  # fmt: skip
+    """Hold forward and every gradient of the kernels against autograd of the specification."""
+    inputs = layer(T, B, N, variant, dtype)
+    x, wx, wv, bias, v_reset, v0 = inputs
+    gates = GATES[variant]
+    how = plan(strategy, T, B, N, dtype, variant, every, **changes)
+    out, v_final, v_saved, bits = recurrence_forward(*inputs, gates, every, mean, how)
+    spikes = unpack_spikes(bits, 0, T) if mean else out
+    g_out = torch.randn(out.shape, device=DEVICE).to(out.dtype)
+    g_v_final = torch.randn(B, N, device=DEVICE)
+    gradients = recurrence_backward(
+        g_out, g_v_final, x, wx, wv, bias, v_reset, bits if mean else out, v_saved,
+        gates, surrogate, alpha, every, mean, how,
+    )  # fmt: skip
+
+    # smooth: the spike's surrogate itself, whose value shows |h - theta| and whose gradient is the
+    # surrogate gradient; resetting where the kernel spiked
+    exact = [t if t is None else t.double() for t in inputs]
+    leaves = [t.requires_grad_() for t in (*exact[:4], exact[5]) if t is not None]
+    soft, v_exact = gpn_loop(
+        *exact, variant, surrogate, alpha, smooth=True, reset_mask=spikes.double()
+    )
+    tolerance = TOLERANCES[dtype]
+    sure = (soft - 0.5).abs() > tolerance.margin * alpha / 2
+    assert sure.double().mean() > 0.9
+    assert torch.equal(spikes[sure] > 0, soft[sure] > 0.5)
+    assert 0.02 < spikes.double().mean() < 0.98 or spikes.numel() < 100
+    if mean:
+        torch.testing.assert_close(out, spikes.float().mean(0), rtol=1e-6, atol=1e-7)
+    assert (v_final.double() - v_exact).abs().max() < tolerance.state
+    torch.autograd.backward(
+        [soft.mean(0) if mean else soft, v_exact], [g_out.double(), g_v_final.double()]
+    )
+    got = [g for g in gradients if g is not None]
+    assert [g.dtype for g in got] == [dtype, *[torch.float32] * (len(got) - 1)]
+    for g, leaf in zip(got, leaves, strict=True):
+        error = torch.linalg.norm(g.double() - leaf.grad) / torch.linalg.norm(leaf.grad)
+        assert error < tolerance.gradient
+
+
+@pytest.mark.parametrize(
+    "T, B, N, options",
+    [
+        (1, 1, 1, {}),
+        (7, 13, 37, {"forward_steps": 3, "backward_steps": 2}),
+        (2, 33, 160, {"hoist": False}),
+        (7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6}),
+        (2, 1, 128, {"every": 2}),
+        (20, 1, 64, {"mean": True, "every": 20}),
+        (2, 13, 100, {}),
+    ],
+)
+def test_stepwise_equals_the_specification(T, B, N, options):
+    check("stepwise", T, B, N, **options)
+
+
+@pytest.mark.parametrize(
+    "T, B, N, options",
+    [
+        (1, 1, 1, {}),
+        (20, 33, 64, {"forward_steps": 8, "backward_steps": 7}),
+        (7, 13, 37, {"every": 3, "backward_steps": 6}),
+        (7, 40, 100, {"mean": True, "every": 3}),
+        (20, 13, 16, {"mean": True, "every": 20}),
+        (2, 1, 128, {}),
+        (40, 1, 16, {"mean": True, "forward_steps": 32, "backward_steps": 8}),
+        (7, 33, 160, {"variant": "no-fitb", "every": 3}),
+    ],
+)
+def test_persistent_equals_the_specification(T, B, N, options):
+    check("persistent", T, B, N, **options)
+
+
+@pytest.mark.parametrize("strategy", ["stepwise", "persistent"])
+@pytest.mark.parametrize("variant", [v for v in GATES if GATES[v]])
+def test_every_variant_equals_the_specification(variant, strategy):
+    check(strategy, 4, 5, 16, variant, every=2)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("alpha", [1.0, 3.0])
+def test_every_surrogate_equals_the_specification(surrogate, alpha):
+    check("persistent", 3, 3, 16, surrogate=surrogate, alpha=alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "strategy, T, B, N, options",
+    [
+        ("stepwise", 7, 13, 37, {"every": 3}),
+        ("stepwise", 2, 33, 160, {"hoist": False, "mean": True}),
+        ("persistent", 20, 13, 64, {}),
+        ("persistent", 7, 33, 100, {"mean": True, "every": 3}),
+        ("persistent", 2, 1, 128, {"variant": "no-i"}),
+    ],
+)
+def test_half_types_stay_near_the_specification(strategy, T, B, N, options, dtype):
+    check(strategy, T, B, N, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("strategy", ["stepwise", "persistent"])
+@pytest.mark.parametrize("mean", [False, True])
+def test_inference_saves_nothing_and_gives_the_same_output(strategy, mean):
+    inputs, gates = layer(5, 3, 16), GATES["full"]
+    how = plan(strategy, 5, 3, 16, torch.float32, "full", 1)
+    trained = recurrence_forward(*inputs, gates, 1, mean, how)
+    out, v_final, v_saved, bits = recurrence_forward(*inputs, gates, 0, mean, how)
+    assert torch.equal(out, trained[0]) and torch.equal(v_final, trained[1])
+    assert v_saved.numel() == 0 and bits.numel() == 0
+
+
+def test_inputs_are_left_as_they_were():
+    inputs = layer(3, 2, 16)
+    before = [t.clone() for t in inputs]
+    check_plan = plan("stepwise", 3, 2, 16, torch.float32, "full", 1)
+    out, v_final, v_saved, _ = recurrence_forward(*inputs, GATES["full"], 1, False, check_plan)
+    saved, g_v_final = v_saved.clone(), torch.ones_like(v_final)
+    recurrence_backward(
+        out, g_v_final, *inputs[:5], out, v_saved, GATES["full"], "atan", 2.0, 1, False, check_plan
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+    assert torch.equal(saved, v_saved) and torch.equal(g_v_final, torch.ones_like(v_final))
+
+
+def leaves(T=5, B=3, N=16, variant="full"):
+    """x, weights and v0 that require gradients."""
+    x, *weights, _, v0 = layer(T, B, N, variant)
+    return [t if t is None else t.requires_grad_() for t in (x, *weights, v0)]
+
+
+def run(backend, inputs, loss, **options):
+    """Value and gradients of loss(out, v_final)."""
+    x, wx, wv, bias, v0 = inputs
+    for t in inputs:
+        t.grad = None
+    out, v_final = ops.gpn(x, wx, wv, bias, v0=v0, backend=backend, **options)
+    loss(out, v_final).backward()
+    return [out.detach(), v_final.detach(), *(t.grad for t in inputs)]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda out, v: (out * torch.arange(16.0, device=out.device)).sum() + v.sin().sum(),
+        lambda out, v: out.mT.mean(),  # an expanded cotangent, strides 0
+        lambda out, v: v.t().sin().sum(),  # no cotangent of the spikes, a transposed one of v
+    ],
+)
+@pytest.mark.parametrize("output", ["spikes", "mean"])
+def test_triton_and_torch_backends_agree(output, loss):
+    inputs = leaves()
+    results = [run(b, inputs, loss, output=output) for b in ("torch", "triton")]
+    for expected, got in zip(*results, strict=True):
+        if expected is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_non_contiguous_inputs_give_the_same_result():
+    inputs = leaves()
+    strange = [t.detach().mT.contiguous().mT if t.ndim > 1 else t.detach() for t in inputs]
+    strange = [t.requires_grad_() for t in strange]
+
+    def loss(out, v):
+        return (out * torch.arange(16.0, device=out.device)).sum() + v.sum()
+
+    for expected, got in zip(
+        run("triton", inputs, loss), run("triton", strange, loss), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("variant", ["full", "no-fitb"])
+def test_operator_passes_opcheck(variant, mean):
+    x, *weights, v_reset, v0 = layer(3, 2, 5, variant)
+    inputs = [t if t is None else t.requires_grad_() for t in (x, *weights)]
+    arguments = (*inputs, v_reset, v0, variant, "atan", 2.0, "triton", 2, mean)
+    torch.library.opcheck(ops._recurrence, arguments)
+
+
+def test_compiles_without_graph_breaks_and_agrees():
+    inputs = leaves(T=3, B=2)
+
+    def loss(*inputs):
+        x, wx, wv, bias, v0 = inputs
+        out, v = ops.gpn(x, wx, wv, bias, v0=v0, backend="triton")
+        return (out * torch.arange(16.0, device=out.device)).sum() + v.sin().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        for t in inputs:
+            t.grad = None
+        value = function(*inputs)
+        value.backward()
+        results.append([value.detach(), *(t.grad for t in inputs)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_spikes_of_its_dtype_and_float32_gradients(dtype):
+    inputs = leaves(T=6, B=5)
+    with torch.autocast(DEVICE, dtype=dtype):
+        expected, got = (
+            run(backend, inputs, lambda out, v: out.float().sum() + v.sum())
+            for backend in ("torch", "triton")
+        )
+    assert got[0].dtype == dtype and torch.equal(got[0], expected[0])
+    assert all(t.dtype == torch.float32 for t in got[1:])
+    for g, e in zip(got[2:], expected[2:], strict=True):
+        assert torch.linalg.norm(g - e) < TOLERANCES[dtype].gradient * torch.linalg.norm(e)
+
+
+def test_a_deep_copied_layer_runs_and_agrees():
+    layer = GPN(16, backend="triton").to(DEVICE)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(4, 3, 16, device=DEVICE)
+    layer.eval(), twin.eval()
+    for first, second in zip(layer(x), twin(x), strict=True):
+        assert torch.equal(first, second)
+    layer(x)[1].sum().backward()
+    assert all(p.grad is None for p in twin.parameters())
+
+
+def test_gradients_are_the_same_from_run_to_run():
+    inputs = leaves(T=4, B=20)
+    first, second = (run("triton", inputs, lambda out, v: out.sum() + v.sum()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_float64_is_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match="float64"):
+        x, *weights, _, _ = layer(2, 2, 4)
+        ops.gpn(x.double(), *weights, backend="triton")
+
+
+def test_auto_on_the_cpu_is_torch():
+    assert ops._choose_backend("auto", torch.zeros(1)) == "torch"
+
+
+def test_explain_names_strategy_reason_and_cost():
+    small, large = ops.explain(100, 256, 128, torch.bfloat16), ops.explain(50, 256, 512)
+    assert small.plan.strategy == "persistent" and large.plan.strategy == "stepwise"
+    assert not small.plan.measured and "unmeasured" in str(small)
+    # 2 products forward, 6 backward, of [T B, N] with [4 N, N]
+    assert small.forward_gflop == pytest.approx(2 * 2 * 100 * 256 * 4 * 128**2 / 1e9)
+    assert small.backward_gflop == pytest.approx(3 * small.forward_gflop)
+    assert small.saved_mib == pytest.approx(3 * 100 * 256 * 128 * 2 / 2**20)
+    for dtype in (torch.float64, torch.int32):
+        with pytest.raises(ValueError, match="dtype"):
+            ops.explain(1, 1, 1, dtype)
