@@ -15,7 +15,7 @@ Source: Wang, Zhang, Li, Wu, arXiv 2412.01087; the authors' implementation where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ GATES: dict[str, tuple[str, ...]] = {
 }
 # hoisted products cover this many rows of [B, G N] at a time: small enough to stay in cache on a
 # CPU, large enough for a full matrix product, and a bound on memory that does not grow with T
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 19
 
 
 def _tanh(z: Tensor) -> Tensor:
@@ -43,9 +43,14 @@ def _tanh(z: Tensor) -> Tensor:
     return torch.tanh(z) if z.requires_grad else torch.sigmoid(2 * z).mul_(2).sub_(1)
 
 
-def _gate_values(z: Tensor | None, variant: str) -> tuple[Tensor | float, ...]:
-    """f, i, b, theta [..., N] of z [..., G N]; a gate the variant lacks is its constant."""
-    names = GATES[variant]
+def _gate_values(
+    z: Tensor | None, variant: str, names: Sequence[str] | None = None
+) -> tuple[Tensor | float, ...]:
+    """f, i, b, theta [..., N] of z [..., G N]; a gate the variant lacks is its constant.
+
+    names: the gates z holds, where they are not all of the variant's.
+    """
+    names = GATES[variant] if names is None else names
     parts = dict(zip(names, z.chunk(len(names), -1), strict=True)) if names else {}
     f = torch.sigmoid(parts["f"]) if "f" in parts else 0.5
     i = torch.sigmoid(parts["i"]) if "i" in parts else (1 - f if "f" in parts else 0.5)
@@ -184,21 +189,19 @@ def gpn_forward(
 
 
 def _replay(
-    v_saved: Tensor, x: Tensor, s: Tensor, zx: Tensor | None, weight_v, v_reset, variant, every
+    saved: Tensor, x: Tensor, s: Tensor, z: Tensor | None, weight_v, v_reset, variant, every
 ) -> Tensor:
-    """v [n, B, N] at every step of a chunk from the v saved every `every` steps.
+    """v [n, B, N] at every step from the v saved every `every` steps; completes z, given without v.
 
     The saved spikes reset it, never recomputed ones: rounding could cross the threshold the other
     way, and a hard reset would make that a large error.
     """
     v = x.new_empty(x.shape)
+    v_next = None
     for t in range(len(x)):
-        if t % every == 0:
-            v[t] = v_saved[t // every]
-            continue
-        z = None if zx is None else torch.addmm(zx[t - 1], v[t - 1], weight_v.t())
-        f, i, b, _ = _gate_values(z, variant)
-        v[t] = _next_v(f * v[t - 1] + i * x[t - 1], s[t - 1], b, v_reset)
+        v[t] = saved[t // every] if t % every == 0 else v_next
+        f, i, b, _ = _gate_values(None if z is None else z[t].addmm_(v[t], weight_v.t()), variant)
+        v_next = _next_v(f * v[t] + i * x[t], s[t], b, v_reset)
     return v
 
 
@@ -245,37 +248,53 @@ def gpn_backward(
     one = v_reset.new_ones(())
     g_v = torch.zeros_like(v_reset) if g_v_final is None else g_v_final.to(state)
     g_x = x.new_empty(x.shape)
-    g_wx, g_wv, g_b = (
-        (torch.zeros_like(weight_x), torch.zeros_like(weight_v), torch.zeros_like(bias))
-        if names
-        else (None, None, None)
-    )
+    g_w = bias.new_zeros(len(names) * N, 2 * N) if names else None
+    g_b = torch.zeros_like(bias) if names else None
     if mean and g_spikes is not None:
         g_spikes = (g_spikes / T).to(state)
+
+    # saving every step, b is what v[t+1] holds beyond h after the reset: one product less in four
+    find_b = every == 1 and "b" in names
+    recomputed = [k for k, name in enumerate(names) if not (find_b and name == "b")]
+    if every == 1 and names:
+        weight_xv = torch.cat([weight_x, weight_v], 1)
+        rows = torch.cat([torch.arange(k * N, (k + 1) * N, device=x.device) for k in recomputed])
+        weight_rows, bias_rows = weight_xv[rows], bias[rows]
+    v_after = None
 
     for start, stop in reversed(list(_chunks(T, B * max(1, len(names)) * N, every))):
         n = stop - start
         x_c = x[start:stop].to(state).contiguous()
         s_c = (unpack_spikes(spikes, start, stop) if mean else spikes[start:stop]).to(state)
-        z = F.linear(x_c, weight_x, bias) if names else None
         saved = v_saved[start // every : -(-stop // every)].to(state)
-        v_c = (
-            saved if every == 1 else _replay(saved, x_c, s_c, z, weight_v, v_reset, variant, every)
-        )
-        if names:
-            z.view(n * B, -1).addmm_(v_c.view(n * B, N), weight_v.t())
+        g_z = x_c.new_empty(n, B, len(names) * N)
+        z, v_c = None, saved
+        if every > 1:
+            z = F.linear(x_c, weight_x, bias) if names else None
+            v_c = _replay(saved, x_c, s_c, z, weight_v, v_reset, variant, every)
+        xv = torch.cat([x_c, v_c], -1) if names else None
+        if every == 1 and names:
+            z = F.linear(xv, weight_rows, bias_rows)
+
         f, i, b, theta = (
-            gate if isinstance(gate, Tensor) else one * gate for gate in _gate_values(z, variant)
+            gate if isinstance(gate, Tensor) else one * gate
+            for gate in _gate_values(z, variant, [names[k] for k in recomputed])
         )
+        h = torch.addcmul(f * v_c, x_c, i)
+        if find_b:
+            if v_after is None:
+                v_after = _next_v(h[-1], s_c[-1], _last_b(xv[-1], weight_xv, bias, names), v_reset)
+            v_next = torch.cat([v_c[1:], v_after[None]])
+            b = v_next.sub_(torch.lerp(h, v_reset, s_c))
+            v_after = v_c[0]
         if g_spikes is None:
             g_u = torch.zeros_like(x_c)
         else:
             g_s = g_spikes if mean else g_spikes[start:stop].to(state)
-            u = torch.addcmul(f * v_c, x_c, i).sub_(theta)
-            g_u = SURROGATES[surrogate].derivative(u, alpha).mul_(g_s)
+            g_u = SURROGATES[surrogate].derivative(h.sub_(theta), alpha).mul_(g_s)
 
-        # g_z takes the place of z: first its factors of g_h and g_v, then, step by step, itself
-        slots = dict(zip(names, z.chunk(len(names), -1), strict=True)) if names else {}
+        # the factors of g_h and g_v first, then, step by step, g_z itself
+        slots = dict(zip(names, g_z.chunk(len(names), -1), strict=True)) if names else {}
         if "f" in slots:
             difference = v_c if "i" in slots else v_c - x_c
             torch.mul(torch.addcmul(f, f, f, value=-1), difference, out=slots["f"])
@@ -286,9 +305,10 @@ def gpn_backward(
         rest = None
         if "theta" in slots:
             torch.mul(torch.addcmul(theta, theta, theta, value=-1), -g_u, out=slots["theta"])
-            rest = z[..., S:] @ weight_v[S:]
+            rest = g_z[..., S:] @ weight_v[S:]
 
-        g_h_c = torch.empty_like(x_c)
+        # g_h, then g_x, straight into the result where the dtype allows
+        g_h_c = g_x[start:stop] if g_x.dtype == state else torch.empty_like(x_c)
         keep = 1 - s_c
         for t in range(n - 1, -1, -1):
             g_h = torch.addcmul(g_u[t], g_v, keep[t], out=g_h_c[t])
@@ -296,17 +316,25 @@ def gpn_backward(
             g_direct = g_h * f_t if rest is None else torch.addcmul(rest[t], g_h, f_t)
             for name in serial:
                 slots[name][t].mul_(g_v if name == "b" else g_h)
-            g_v = g_direct.addmm_(z[t, :, :S], weight_v[:S]) if serial else g_direct
+            g_v = g_direct.addmm_(g_z[t, :, :S], weight_v[:S]) if serial else g_direct
 
         g_h_c *= i
         if names:
-            rows = z.view(n * B, -1)
-            g_wv.addmm_(rows.t(), v_c.view(n * B, N))
-            g_wx.addmm_(rows.t(), x_c.view(n * B, N))
-            g_b += rows.sum(0)
-            g_h_c.view(n * B, N).addmm_(rows, weight_x)
-        g_x[start:stop] = g_h_c
+            rows_z = g_z.view(n * B, -1)
+            g_w.addmm_(rows_z.t(), xv.view(n * B, -1))
+            g_b += rows_z.sum(0)
+            g_h_c.view(n * B, N).addmm_(rows_z, weight_x)
+        if g_x.dtype != state:
+            g_x[start:stop] = g_h_c
+    g_wx, g_wv = (g_w[:, :N].contiguous(), g_w[:, N:].contiguous()) if names else (None, None)
     return g_x, g_wx, g_wv, g_b, g_v
+
+
+def _last_b(xv: Tensor, weight_xv: Tensor, bias: Tensor, names: tuple[str, ...]) -> Tensor:
+    """b [B, N] of one step from [x, v] [B, 2 N]."""
+    k = names.index("b")
+    N = xv.shape[-1] // 2
+    return _tanh(F.linear(xv, weight_xv[k * N : (k + 1) * N], bias[k * N : (k + 1) * N]))
 
 
 def lif_loop(
