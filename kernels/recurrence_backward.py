@@ -52,8 +52,10 @@ from gpn_triton.kernels.recurrence_forward import (
     gate_letters,
     project,
     recurrence_replay,
+    resize,
+    resize_weights,
 )
-from gpn_triton.kernels.tiles import Plan, gradient_dtype, is_half
+from gpn_triton.kernels.tiles import Plan, elementwise_blocks, gradient_dtype, is_half, padded
 
 
 @triton.jit(do_not_specialize=["start", "steps", "B"])
@@ -141,13 +143,13 @@ def _step(
     g_direct, g_x, g_z_f, g_z_i, g_z_b = next_v_gradient(
         g_v, g_u, z_f, z_i, z_b, v, x, s, GATES, FAST
     )
+    tl.store(g_x_ptr + at + offs, g_x.to(g_x_ptr.dtype.element_ty), mask=mask)
     if has(GATES, "t"):
         g_direct += tl.load(rest_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     g_z_t = g_z_ptr + (row * rows_per_step + first) * DEPTH
     _store_gate(g_z_t, offs_z, g_z_f, mask, "f", GATES, N)
     _store_gate(g_z_t, offs_z, g_z_i, mask, "i", GATES, N)
     _store_gate(g_z_t, offs_z, g_z_b, mask, "b", GATES, N)
-    tl.store(g_x_ptr + at + offs, g_x.to(g_x_ptr.dtype.element_ty), mask=mask)
     return g_direct, g_z_f, g_z_i, g_z_b
 
 
@@ -293,6 +295,15 @@ def recurrence_backward(
         g_x [T, B, N] of x's dtype, g_weight_x, g_weight_v, g_bias, g_v0 [B, N] float32.
     """
     T, B, N = x.shape
+    if (P := padded(N, x.dtype)) != N:
+        g_x, *g_weights, g_v = recurrence_backward(
+            *(resize(a, P) for a in (g_out, g_v_final, x)),
+            *(resize_weights(w, N, P) for w in (weight_x, weight_v, bias)),
+            *(resize(a, P) for a in (v_reset, spikes, v_saved)),
+            gates, surrogate, alpha, every, mean, plan,
+        )  # fmt: skip
+        g_weights = (resize_weights(g, P, N) for g in g_weights)
+        return resize(g_x, N), *g_weights, resize(g_v, N)
     G = len(gates)
     x, v_reset, spikes = x.contiguous(), v_reset.contiguous(), spikes.contiguous()
     operand, gradient = v_saved.dtype, gradient_dtype(x.dtype)
@@ -319,7 +330,7 @@ def recurrence_backward(
         FAST=is_half(x.dtype) and not INTERPRETED,
     )
     serial = sum(gate != "theta" for gate in gates) * N
-    row_block = dict(BLOCK_R=16, BLOCK_N=64)
+    blocks = elementwise_blocks(N)
     run = _persistent if plan.strategy == "persistent" else _stepwise
 
     for start in reversed(range(0, T, plan.backward_steps)):
@@ -339,11 +350,11 @@ def recurrence_backward(
         if G:
             z.view(steps * B, -1).addmm_(v.view(steps * B, N), weight_v16.t())
             g_z = z.view(gradient)
-        grid = (triton.cdiv(steps * B, row_block["BLOCK_R"]), triton.cdiv(N, row_block["BLOCK_N"]))
+        grid = (triton.cdiv(steps * B, blocks["BLOCK_R"]), triton.cdiv(N, blocks["BLOCK_N"]))
         recurrence_gradient_kernel[grid](
             z, x, v, g_out, g_u, g_z,
             start, steps, B, alpha, 1 / T if mean else 1.0,
-            SURROGATE=surrogate, MEAN=g_per_step, num_warps=4, **row_block, **constants,
+            SURROGATE=surrogate, MEAN=g_per_step, **blocks, **constants,
         )  # fmt: skip
         rows = g_z.view(steps * B, -1)
         if "theta" in gates:

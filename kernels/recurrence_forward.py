@@ -38,7 +38,7 @@ from gpn_triton.kernels.pointwise import (
     place,
     to_operand,
 )
-from gpn_triton.kernels.tiles import Plan, is_half, operand_dtype
+from gpn_triton.kernels.tiles import Plan, is_half, operand_dtype, padded
 
 # the interpreter has no inline assembly, hence no tanh.approx
 INTERPRETED = triton.knobs.runtime.interpret
@@ -270,6 +270,19 @@ def cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return a.to(dtype).contiguous()
 
 
+def resize(a: Tensor | None, N: int) -> Tensor | None:
+    """a [..., n] with N neurons: zeros added, or the last ones cut off."""
+    return None if a is None else F.pad(a, (0, N - a.shape[-1])).contiguous()
+
+
+def resize_weights(w: Tensor | None, n: int, N: int) -> Tensor | None:
+    """Gate weights [G n, n] or bias [G n] for N neurons, as resize."""
+    if w is None:
+        return None
+    gates = w.reshape(-1, n, *w.shape[1:])
+    return F.pad(gates, (0, N - n) * w.ndim).reshape(-1, *[N] * (w.ndim - 1))
+
+
 def project(x: Tensor, weight_x: Tensor | None, bias: Tensor | None) -> Tensor:
     """weight_x x + bias [steps, B, G N] for x [steps, B, N], all in the operands' dtype.
 
@@ -310,6 +323,12 @@ def recurrence_forward(
         v_saved [ceil(T / every), B, N]; spike_bits [ceil(T / 32), B, N] int32 if mean, else empty.
     """
     T, B, N = x.shape
+    if (P := padded(N, x.dtype)) != N:
+        # a neuron without weights and current stays at 0 and never spikes
+        weights = (resize_weights(w, N, P) for w in (weight_x, weight_v, bias))
+        state = (resize(v, P) for v in (v_reset, v0))
+        results = recurrence_forward(resize(x, P), *weights, *state, gates, every, mean, plan)
+        return tuple(resize(a, N) for a in results)
     x, v_reset = x.contiguous(), v_reset.contiguous()
     operand = operand_dtype(x.dtype)
     weight_x, weight_v, bias = (cast(w, operand) for w in (weight_x, weight_v, bias))

@@ -149,6 +149,7 @@ def test_every_surrogate_equals_the_specification(surrogate, alpha):
         ("persistent", 20, 13, 64, {}),
         ("persistent", 7, 33, 100, {"mean": True, "every": 3}),
         ("persistent", 2, 1, 128, {"variant": "no-i"}),
+        ("persistent", 3, 5, 37, {"mean": True, "every": 2}),
     ],
 )
 def test_half_types_stay_near_the_specification(strategy, T, B, N, options, dtype):
