@@ -1,0 +1,284 @@
+"""Fixtures and options of the benchmarks; see README.md beside this file.
+
+The subjects of one case are set up, checked and timed together, in turns, when the first of them is
+asked for; each then reports its own rounds to pytest-benchmark through a clock that is set forward
+by the measured time.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import measure
+from bench.cases import SIZES, Case, cases
+from bench.competitors import Unavailable
+from bench.counts import floor_seconds
+from bench.subjects import OURS, Wrong
+from gpn_triton.train import provenance
+
+_now = 0.0
+
+
+def replayed_seconds() -> float:
+    """The clock pytest-benchmark reads: moved on by what was measured, never by itself."""
+    return _now
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("gpn_triton benchmarks")
+    group.addoption(
+        "--size", choices=SIZES, default=None,
+        help="shapes: full (default with a GPU), small (default without) or tiny (a test's)",
+    )  # fmt: skip
+    group.addoption("--rounds", type=int, default=7, help="least rounds a subject (default: 7)")
+    group.addoption(
+        "--case-seconds", type=float, default=3.0,
+        help="go on past --rounds, up to 5 times as many, within so many seconds a case",
+    )  # fmt: skip
+    group.addoption(
+        "--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Show the columns that mean something for rounds taken in turns, the fastest first."""
+    given = " ".join(map(str, config.invocation_params.args))
+    if "--benchmark-columns" not in given and hasattr(config.option, "benchmark_columns"):
+        config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
+    if "--benchmark-sort" not in given and hasattr(config.option, "benchmark_sort"):
+        config.option.benchmark_sort = "median"
+
+
+def _device(config) -> torch.device:
+    return torch.device(
+        config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+
+
+def pytest_generate_tests(metafunc):
+    """Cases of the kind that the module names in KIND, and its SUBJECTS."""
+    if "case" not in metafunc.fixturenames:
+        return
+    size = metafunc.config.getoption("--size")
+    size = size or ("full" if _device(metafunc.config).type == "cuda" else "small")
+    metafunc.parametrize("subject", metafunc.module.SUBJECTS)
+    metafunc.parametrize("case", cases(metafunc.module.KIND, size), ids=str)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "contest" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=replayed_seconds, group=_group(item)))
+    # all subjects of a case one after the other: only one case's tensors live at a time
+    items.sort(key=lambda item: (item.path, item.originalname, _group(item)))
+
+
+def _group(item) -> str:
+    params = getattr(item, "callspec", None)
+    name = item.originalname.removeprefix("bench_").replace("_", " ")
+    return f"{name}: {params.params['case']}" if params else name
+
+
+class Contest:
+    """The subjects of one case: set up, checked, timed in turns.
+
+    Args:
+        prepare: makes a subject's Entry from its name. subjects: names, in order.
+        device, rounds, seconds: see measure.race.
+    Attributes:
+        times, info: by subject, of those that ran. failed: by subject, why the others did not.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[str], Any],
+        subjects: list[str],
+        device: torch.device,
+        rounds: int,
+        seconds: float,
+    ):
+        self.failed: dict[str, Exception] = {}
+        self.info: dict[str, dict[str, Any]] = {}
+        self.counts: dict[str, Any] = {}
+        calls = {}
+        for name in subjects:
+            try:
+                entry = prepare(name)
+                seen = entry.check()
+                entry.call()
+                held = measure.held_bytes(entry.saves) if entry.saves else (None, None)
+                peak = getattr(entry.call, "peak_bytes", None)
+                peak = measure.peak_bytes(entry.call, device) if peak is None else peak
+            except (Unavailable, Wrong, torch.OutOfMemoryError) as error:
+                self.failed[name] = error
+                entry = None
+            except Exception as error:
+                # a competitor that breaks is left out and named; ours breaking is a failure
+                self.failed[name] = (
+                    error
+                    if name.startswith("gpn")
+                    else Unavailable(f"{type(error).__name__}: {error}")
+                )
+                entry = None
+            if entry is None:
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            calls[name] = entry.call
+            self.counts[name] = entry.count
+            self.info[name] = {
+                **seen,
+                "peak_bytes": peak,
+                "held_bytes": held[0],
+                "held_beyond_bytes": held[1],
+            }
+        self.times = measure.race(calls, device, rounds, seconds) if calls else {}
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """Where the benchmarks run."""
+    return _device(request.config)
+
+
+@pytest.fixture(scope="session")
+def ceilings(device) -> measure.Ceilings:
+    """What the device can do at best."""
+    return measure.ceilings(device)
+
+
+@pytest.fixture(scope="session")
+def header(device) -> dict[str, Any]:
+    """What every record carries of the machine and the program."""
+    found = provenance(device)
+    return {
+        **{key: found[key] for key in ("commit", "device", "threads")},
+        "versions": found["versions"],
+        "device_type": device.type,
+    }
+
+
+_contests: dict[str, Contest] = {}
+
+
+@pytest.fixture
+def contest(request, benchmark, device, ceilings, header):
+    """A function run(prepare, case, subject, **info) that measures and records one subject.
+
+    `prepare(name)` returns a subject's Entry; it is called for every selected subject of the case.
+    """
+
+    def run(prepare: Callable[[str], Any], case: Case, subject: str, **info: Any) -> None:
+        global _now
+        group = _group(request.node)
+        options = request.config.option
+        if group not in _contests:
+            _contests.clear()
+            gc.collect()
+            rivals = [
+                item.callspec.params["subject"]
+                for item in request.session.items
+                if item.path == request.node.path and _group(item) == group
+            ]
+            rounds = 1 if benchmark.disabled else options.rounds
+            _contests[group] = Contest(prepare, rivals, device, rounds, options.case_seconds)
+        entered = _contests[group]
+        if subject in entered.failed:
+            error = entered.failed[subject]
+            if isinstance(error, Wrong):
+                pytest.fail(f"wrong: {subject}: {error}", pytrace=False)
+            if isinstance(error, torch.OutOfMemoryError):
+                pytest.skip(f"out of memory: {str(error).splitlines()[0]}")
+            if isinstance(error, Unavailable):
+                pytest.skip(str(error))
+            raise error
+        times, count = entered.times[subject], entered.counts[subject]
+        floor = floor_seconds(count, ceilings)
+        first = next((s for s in entered.times if s in OURS), None)
+        wall = measure.summary(times.wall)
+        benchmark.extra_info.update(
+            header,
+            case=case.name,
+            kind=case.kind,
+            subject=subject,
+            T=case.T,
+            B=case.B,
+            hidden=list(case.hidden),
+            inputs=case.inputs,
+            dtype=case.dtype,
+            scaled=case.scaled,
+            full=list(case.full),
+            **wall,
+            device_median_ms=measure.summary(times.device)["median_ms"] if times.device else None,
+            flops=count.flops,
+            serial_flops=count.serial_flops,
+            bytes=count.bytes,
+            floor_ms=1e3 * floor,
+            fraction_of_floor=1e3 * floor / wall["median_ms"],
+            ceilings={
+                "flops_per_s": ceilings.flops_per_s,
+                "bytes_per_s": ceilings.bytes_per_s,
+                "source": ceilings.source,
+            },
+            time_relative_to=first,
+            time_ratio=_ratio(times.wall, entered.times[first].wall) if first else None,
+            **entered.info[subject],
+            **info,
+        )
+        rounds = iter(times.wall)
+
+        def advance() -> None:
+            global _now
+            _now += next(rounds)
+
+        benchmark.pedantic(advance, rounds=len(times.wall))
+
+    return run
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over rounds of one's time over another's, taken next to each other."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    return ratios[len(ratios) // 2]
+
+
+_left_out: list[dict[str, str]] = []
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.when == "call" and report.outcome != "passed":
+        reason = report.longrepr[2] if report.skipped else str(report.longrepr).splitlines()[-1]
+        _left_out.append(
+            {
+                "group": _group(item),
+                "subject": str(item.callspec.params.get("subject")) if hasattr(item, "callspec") else "",
+                "outcome": report.outcome,
+                "reason": reason.removeprefix("Skipped: "),
+            }
+        )  # fmt: skip
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Name what did not run, and why, in the record; drop what only says who ran it."""
+    output_json["left_out"] = _left_out
+    for key in ("node",):
+        output_json["machine_info"].pop(key, None)
+
+
+def pytest_report_header(config):
+    device = _device(config)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return (
+        f"gpn_triton benchmarks: {device}, {torch.get_num_threads()} threads, load {load:.1f}, "
+        f"torch {torch.__version__}"
+    )

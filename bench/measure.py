@@ -1,0 +1,235 @@
+"""How a call is timed, how its memory is counted, and what the device could do at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+
+from bench.counts import Ceilings
+
+# measured on such a card: a bfloat16 matrix product and a device-to-device copy
+STATED = {"H200": (790e12, 4.3e12)}
+MIB = 2**20
+
+
+class Call:
+    """One call to be timed: forward, or forward and backward, on tensors that stay in place.
+
+    Args:
+        forward: takes no argument, reads the leaves, returns a tensor.
+        leaves: parameters and inputs whose gradients backward computes.
+        cotangent: gradient of the result; None: forward only, without autograd.
+        autocast: a half type to compute in, or None.
+    Attributes:
+        out: the last call's result, detached.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[], Tensor],
+        leaves: dict[str, Tensor],
+        cotangent: Tensor | None,
+        autocast: torch.dtype | None = None,
+    ):
+        self.forward, self.leaves, self.cotangent = forward, leaves, cotangent
+        self.device = next(iter(leaves.values())).device
+        self.autocast = autocast
+        self.out: Tensor | None = None
+
+    def __call__(self) -> None:
+        self.clear()
+        with (
+            torch.set_grad_enabled(self.cotangent is not None),
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+        ):
+            out = self.forward()
+        if self.cotangent is not None:
+            out.backward(self.cotangent.to(out.dtype))
+        self.out = out.detach()
+
+    def clear(self) -> None:
+        """Let go of the last call's result and gradients."""
+        self.out = None
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last call's gradients by leaf, of those leaves that have one."""
+        return {name: t.grad for name, t in self.leaves.items() if t.grad is not None}
+
+
+class GraphedCall:
+    """A Call captured once as a CUDA graph; calling replays it.
+
+    Attributes:
+        peak_bytes: memory the graph holds, counted while it was captured (a replay allocates none).
+    """
+
+    def __init__(self, call: Call):
+        self.call = call
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        call.clear()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            call()
+        torch.cuda.synchronize()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+        self.out, self._gradients = call.out, call.gradients()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last replay's gradients by leaf."""
+        return self._gradients
+
+
+@dataclass
+class Times:
+    """Seconds of each round: on the wall clock, and between device events on a GPU."""
+
+    wall: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+
+
+def timed(call: Callable[[], object], device: torch.device, times: Times) -> None:
+    """Add one round: the device is idle before it and has finished at its end."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        times.wall.append(time.perf_counter() - start)
+        return
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize()
+    times.wall.append(time.perf_counter() - start)
+    times.device.append(first.elapsed_time(last) / 1e3)
+
+
+def race(
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+) -> dict[str, Times]:
+    """Time calls in turns, A B C B C A C A B ..., so that a noisy machine is noisy for all.
+
+    Args:
+        calls: what to time, by name, warmed up.
+        rounds: at least so many of each. seconds: go on to 5 times as many within this time.
+    Returns:
+        Every round's times by name; round k of one and of another were taken next to each other.
+    """
+    results = {name: Times() for name in calls}
+    names, start = list(calls), time.perf_counter()
+    for turn in range(5 * rounds):
+        if turn >= rounds and time.perf_counter() - start > seconds:
+            break
+        k = turn % len(names)
+        for name in names[k:] + names[:k]:
+            timed(calls[name], device, results[name])
+    return results
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that torch held at once during a call, beyond what it held before.
+
+    On a GPU by torch's allocator; on a CPU by the allocations that the profiler reports, which are
+    those of tensors: a library's own scratch memory is not among them.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profiler.profile(profile_memory=True) as profile:
+        call()
+    held = most = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def held_bytes(call: Call) -> tuple[int, int]:
+    """Bytes a call keeps between forward and backward, each storage once, parameters left out.
+
+    Returns:
+        All of them; and those beyond the call's own input and result, which exist anyway.
+    """
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        # the tensor itself would hold its own graph alive where it is the result
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+
+    def without(*names: str) -> None:
+        for name in names:
+            held.pop(call.leaves[name].untyped_storage().data_ptr(), None)
+
+    without(*(name for name in call.leaves if name != "x"))
+    whole = sum(held.values())
+    without("x")
+    held.pop(call.out.untyped_storage().data_ptr(), None)
+    return whole, sum(held.values())
+
+
+def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> Ceilings:
+    """What the device can do at best.
+
+    A GPU that is listed has stated figures, taken on such a card with bfloat16; any other device is
+    measured now: the best of several matrix products and copies.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, (flops, bandwidth) in STATED.items():
+            if key in name:
+                return Ceilings(flops, bandwidth, f"stated: measured on an {key}, bfloat16")
+        dtype = torch.bfloat16
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(n, 16 * n, device=device)
+    target = torch.empty_like(source)
+    rates = []
+    for call, work in (
+        (lambda: torch.mm(a, b), 2 * n**3),
+        (lambda: target.copy_(source), 2 * source.nbytes),
+    ):
+        times = Times()
+        for _ in range(12):
+            timed(call, device, times)
+        rates.append(work / min(times.wall))
+    return Ceilings(*rates, f"measured at the start: {n}^3 product in {dtype}, copy".strip())
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles of rounds, in ms."""
+    ms = sorted(1e3 * s for s in seconds)
+    low, _, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else (ms[0],) * 3
+    return {"median_ms": statistics.median(ms), "low_ms": low, "high_ms": high}

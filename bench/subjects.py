@@ -1,0 +1,354 @@
+"""What is timed for one layer: ours and its competitors on the same numbers, each with its check.
+
+A check runs the very call that is timed, at the very shape, with a gradient that is zero outside
+ROWS samples of the batch; samples do not depend on each other, so the outputs of those samples and
+all gradients can be compared with the float64 specification at the cost of ROWS samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench import counts
+from bench.cases import Case
+from bench.competitors import (
+    Unavailable,
+    authors_loop,
+    compiled_loop,
+    flashrnn_lstm,
+    hoisted_loop,
+    spikingjelly_lif,
+)
+from bench.measure import Call, GraphedCall
+from gpn_triton import gpn, reference
+
+ROWS = 8
+# dtype -> (margin of h - theta within which a spike may differ, largest error of a gradient as a
+# share of its largest value). float32: rounding of sums of up to 1,024 products over T steps. half:
+# a gate has 3 (bfloat16) or 4 digits, and competitors keep gates and gradients in that dtype
+TOLERANCE = {
+    torch.float32: (1e-4, 1e-3),
+    torch.float16: (2e-2, 3e-2),
+    torch.bfloat16: (1e-1, 1e-1),
+}
+DTYPES = {str(d).removeprefix("torch."): d for d in TOLERANCE}
+
+OURS = ("gpn-torch", "gpn-torch-every-10", "gpn-triton", "gpn-triton-every-10", "gpn-triton-graph")
+LOOPS = ("loop", "authors", "hoisted", "hoisted-compiled-step", "authors-graph", "hoisted-graph")
+OTHERS = (
+    "lstm", "lstm-float32", "lstm-float16", "lstm-bfloat16", "gru", "flashrnn-lstm",
+    "lif", "spikingjelly-lif",
+)  # fmt: skip
+SUBJECTS = OURS + LOOPS + OTHERS
+
+
+class Wrong(Exception):
+    """A subject's result departs from the reference: it is not timed."""
+
+
+@dataclass
+class Entry:
+    """A subject ready to be timed.
+
+    call: what is timed. check: raises Wrong, or returns what it saw for the record.
+    count: its work. saves: the Call whose tensors held for backward are counted, if any.
+    """
+
+    call: Callable[[], Any]
+    check: Callable[[], dict[str, Any]]
+    count: counts.Count
+    saves: Call | None = None
+
+
+class Problem:
+    """The numbers of one case, the same for every subject.
+
+    Attributes:
+        x [T, B, C]: spikes of a layer before (5 % are 1) where there is an input Linear, else a
+            normal current. weights: of that Linear ("linear_weight", "linear_bias") and of GPN.
+        v_reset [B, N]. cotangent [T, B, N]: gradient of the result. rows: samples that are checked.
+    """
+
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
+        T, B, N, C = case.T, case.B, case.N, case.inputs
+        g = torch.Generator(device).manual_seed(0)
+
+        def uniform(*shape: int, scale: float) -> Tensor:
+            return (torch.rand(shape, generator=g, device=device) * 2 - 1) * scale
+
+        self.projects = case.kind == "layer"
+        if self.projects:
+            x = (torch.rand(T, B, C, generator=g, device=device) < 0.05).to(self.dtype)
+        else:
+            x = torch.randn(T, B, N, generator=g, device=device).to(self.dtype)
+        self.x = x
+        k = (2 * N) ** -0.5
+        self.weights = {
+            "weight_x": uniform(4 * N, N, scale=k),
+            "weight_v": uniform(4 * N, N, scale=k),
+            "bias": uniform(4 * N, scale=k),
+        }
+        if self.projects:
+            # a current of deviation 0.7, as trained networks have
+            self.weights["linear_weight"] = uniform(N, C, scale=0.7 * math.sqrt(3 / (0.05 * C)))
+            self.weights["linear_bias"] = uniform(N, scale=C**-0.5)
+        self.v_reset = 0.05 * torch.randn(B, N, generator=g, device=device)
+        self.cotangent = torch.randn(T, B, N, generator=g, device=device).to(self.dtype)
+        self.rows = torch.linspace(0, B - 1, min(B, ROWS), device=device).round().long()
+
+    def leaves(self, names: list[str] | None = None) -> dict[str, Tensor]:
+        """x and weights sharing memory with the problem, with gradients of their own.
+
+        x needs no gradient where it is a network's input.
+        """
+        leaves = {"x": self.x.detach().requires_grad_(not self.projects)}
+        for name in self.weights if names is None else names:
+            leaves[name] = self.weights[name].detach().requires_grad_()
+        return leaves
+
+    def current(self, leaves: dict[str, Tensor]) -> Tensor:
+        """The synaptic current [T, B, N]."""
+        if not self.projects:
+            return leaves["x"]
+        return F.linear(leaves["x"], leaves["linear_weight"], leaves["linear_bias"])
+
+    def masked(self) -> Tensor:
+        """The cotangent, zero outside the checked rows."""
+        mask = torch.zeros(self.case.B, 1, dtype=self.dtype, device=self.device)
+        mask[self.rows] = 1
+        return self.cotangent * mask
+
+
+def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
+    """Set a subject up.
+
+    Args:
+        problem: the numbers. subject: one of SUBJECTS. backward: forward and backward.
+    Raises:
+        Unavailable: it cannot take part here, with the reason.
+    """
+    graphed = subject.endswith("-graph")
+    if graphed and problem.device.type != "cuda":
+        raise Unavailable("CUDA graphs need a GPU")
+    kind, call, reference_of = _build(problem, subject.removesuffix("-graph"), backward)
+    case = problem.case
+    element = 4 if call_dtype(call) == torch.float32 else 2
+    count = counts.layer(
+        kind, case.N, case.inputs if problem.projects else None, backward, False, element
+    )
+    if not problem.projects and kind in counts.ANN_GATES:
+        # x is a layer's output here: it gets a gradient
+        count = counts.layer(kind, case.N, None, backward, True, element)
+    runs = GraphedCall(call) if graphed else call
+
+    def check() -> dict[str, Any]:
+        return _check(problem, runs, kind, reference_of)
+
+    return Entry(runs, check, count * (case.T * case.B), call if backward and not graphed else None)
+
+
+def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str], Entry]:
+    """A function that prepares a subject by name, for one case; its numbers are made at first use."""
+    problem = functools.cache(lambda: Problem(case, device))
+    return lambda subject: prepare(problem(), subject, backward)
+
+
+def call_dtype(call: Call) -> torch.dtype:
+    """The dtype a call's products run in."""
+    return call.autocast or call.leaves["x"].dtype
+
+
+def _build(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, Any]:
+    """Kind of layer, the call, and for other layers than GPN the module that specifies it."""
+    device, N = problem.device, problem.case.N
+    half = None if problem.dtype == torch.float32 else problem.dtype
+    cotangent = problem.cotangent if backward else None
+    if subject.startswith("gpn-"):
+        leaves = problem.leaves()
+        _, backend, *every = subject.split("-")
+        if backend == "triton" and device.type != "cuda":
+            raise Unavailable("the Triton kernels need a GPU")
+        if backend == "torch" and device.type == "cuda" and problem.case.T > 1000:
+            raise Unavailable("the torch path is for the CPU; up to T = 1000 on a GPU")
+
+        def forward() -> Tensor:
+            return gpn(
+                problem.current(leaves), leaves["weight_x"], leaves["weight_v"], leaves["bias"],
+                problem.v_reset, backend=backend, checkpoint_every=int(every[1]) if every else None,
+            )[0]  # fmt: skip
+
+        return "gpn", Call(forward, leaves, cotangent, half), None
+    if subject in LOOPS:
+        return "gpn", _loop(problem, subject, cotangent, half), None
+    if subject in ("lif", "spikingjelly-lif"):
+        leaves = problem.leaves([n for n in problem.weights if n.startswith("linear")])
+        node = None if subject == "lif" else spikingjelly_lif(device)
+
+        def forward() -> Tensor:
+            current = problem.current(leaves)
+            if node is None:
+                return reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)[0]
+            node.reset()
+            return node(current)
+
+        return "lif", Call(forward, leaves, cotangent, half), None
+    return _ann(problem, subject, cotangent)
+
+
+def _loop(problem: Problem, subject: str, cotangent: Tensor | None, half) -> Call:
+    """GPN step by step under autograd, in one of four forms."""
+    leaves, v_reset = problem.leaves(), problem.v_reset
+    gates = ("weight_x", "weight_v", "bias")
+    if subject == "loop":
+
+        def forward() -> Tensor:
+            weights = [leaves[name] for name in gates]
+            return reference.gpn_loop(problem.current(leaves), *weights, v_reset, v_reset)[0]
+
+    elif subject == "authors":
+        # they hold weight_v and weight_x as one matrix
+        joint = torch.cat([leaves["weight_v"], leaves["weight_x"]], 1).detach().requires_grad_()
+        leaves["weight_vx"] = joint
+        del leaves["weight_v"], leaves["weight_x"]
+
+        def forward() -> Tensor:
+            linear = None
+            if problem.projects:
+                linear = leaves["linear_weight"], leaves["linear_bias"]
+            return authors_loop(leaves["x"], linear, joint, leaves["bias"], v_reset)
+
+    else:
+        if subject == "hoisted-compiled-step":
+            if not problem.case.compiled:
+                raise Unavailable("compiling takes 10 s and more a shape: chosen shapes only")
+            if problem.device.type == "cpu" and not shutil.which("g++"):
+                raise Unavailable("torch.compile needs a C++ compiler, g++ is not here")
+            run = compiled_loop()
+        else:
+            run = hoisted_loop
+
+        def forward() -> Tensor:
+            return run(problem.current(leaves), *(leaves[name] for name in gates), v_reset)
+
+    return Call(forward, leaves, cotangent, half)
+
+
+def _ann(problem: Problem, subject: str, cotangent: Tensor | None) -> tuple[str, Call, nn.Module]:
+    """LSTM or GRU of the same sizes, in the case's dtype or the one its name says."""
+    case, device = problem.case, problem.device
+    dtype = DTYPES.get(subject.rsplit("-", 1)[-1], problem.dtype)
+    if subject != "lstm" and dtype == problem.dtype and subject.removeprefix("lstm-") in DTYPES:
+        raise Unavailable("the same as lstm here")
+    if device.type == "cpu" and dtype != torch.float32:
+        raise Unavailable("half types are compared on a GPU: a CPU converts to and fro")
+    kind = "gru" if subject == "gru" else "lstm"
+    torch.manual_seed(0)
+    module = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](case.inputs, case.N).to(device, dtype)
+    x = problem.x.to(dtype).requires_grad_(not problem.projects)
+    leaves = {"x": x, **dict(module.named_parameters())}
+    if subject == "flashrnn-lstm":
+        run = flashrnn_lstm(case.N, device)
+        weights = list(module.parameters())
+
+        def forward() -> Tensor:
+            return run(x, *weights)
+
+    else:
+
+        def forward() -> Tensor:
+            return module(x)[0]
+
+    return kind, Call(forward, leaves, cotangent), module
+
+
+def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dict[str, Any]:
+    """Compare a call with float64; Wrong if it departs, else what the record wants to know."""
+    inner = call.call if isinstance(call, GraphedCall) else call
+    kept = problem.cotangent.clone()
+    problem.cotangent.copy_(problem.masked())
+    call()
+    out = call.out.detach()
+    gradients = {name: g.detach().clone() for name, g in call.gradients().items()}
+    problem.cotangent.copy_(kept)
+    if not torch.isfinite(out).all():
+        raise Wrong("the result is not finite")
+    margin, share = TOLERANCE[call_dtype(inner)]
+    rows = problem.rows
+    leaves = {
+        name: (t[:, rows] if name == "x" else t).detach().cpu().double().requires_grad_()
+        for name, t in inner.leaves.items()
+    }
+    cotangent = problem.cotangent[:, rows].cpu().double()
+    got = out[:, rows].cpu().double()
+    if kind == "gpn":
+        expected = _check_spikes(problem, leaves, got, margin)
+    elif kind == "lif":
+        current = problem.current(leaves)
+        expected, _ = reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)
+        wrong = (expected != got).double().mean().item()
+        # a trajectory parts for good where rounding flips a spike, so half types may differ
+        if wrong > (0 if share <= 1e-3 else 0.02):
+            raise Wrong(f"{wrong:.2%} of the spikes differ from the float64 LIF")
+        if wrong:
+            gradients = {}
+    else:
+        twin = copy.deepcopy(module).cpu().double()
+        expected = torch.func.functional_call(
+            twin, {k: v for k, v in leaves.items() if k != "x"}, (leaves["x"],)
+        )[0]
+        _compare("the result", got, expected.detach(), share)
+    if gradients:
+        expected.backward(cotangent)
+        for name, gradient in gradients.items():
+            if name == "x":
+                gradient = gradient[:, rows]
+            _compare(f"the gradient of {name}", gradient.cpu().double(), leaves[name].grad, share)
+    steps = problem.case.T * problem.case.B
+    return {"spikes_a_step": out.sum().item() / steps} if kind in ("gpn", "lif") else {}
+
+
+def _check_spikes(problem: Problem, leaves, spikes: Tensor, margin: float) -> Tensor:
+    """Run the specification under the given spikes' resets; returns its smooth spikes.
+
+    Under another's resets trajectories do not part, so spikes must agree at every step where
+    |h - theta| exceeds the margin, and the smooth step's gradients are the surrogate's.
+    """
+    if "weight_vx" in leaves:
+        N = problem.case.N
+        weight_v, weight_x = leaves["weight_vx"][:, :N], leaves["weight_vx"][:, N:]
+    else:
+        weight_v, weight_x = leaves["weight_v"], leaves["weight_x"]
+    v_reset = problem.v_reset[problem.rows].cpu().double()
+    smooth, _ = reference.gpn_loop(
+        problem.current(leaves), weight_x, weight_v, leaves["bias"], v_reset, v_reset,
+        smooth=True, reset_mask=spikes,
+    )  # fmt: skip
+    # the inverse of surrogate.SURROGATES["atan"].value at alpha = 2
+    u = torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi
+    differs = ((u >= 0).double() != spikes) & (u.abs() > margin)
+    if differs.any():
+        t, b, n = differs.nonzero()[0].tolist()
+        raise Wrong(
+            f"{int(differs.sum())} of {spikes.numel()} checked spikes differ, the first at step "
+            f"{t}, sample {problem.rows[b]}, neuron {n}, where h - theta is {u[t, b, n]:.2g}"
+        )
+    return smooth
+
+
+def _compare(what: str, got: Tensor, expected: Tensor, share: float) -> None:
+    """Raise Wrong if an element is off by more than a share of the largest one."""
+    scale = expected.abs().max().item()
+    error = (got - expected).abs().max().item()
+    if not error <= share * scale:
+        raise Wrong(f"{what} is off by {error:.2g}, its largest value is {scale:.2g}")
