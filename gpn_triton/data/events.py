@@ -1,10 +1,16 @@
-"""Spike events of a whole data set in flat arrays: the form every other part of the engine reads."""
+"""Spike events of a whole data set in flat arrays, the form every other part reads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+# longest sample believed to be in seconds; a second in ms, or anything in us, lies above
+MAX_SECONDS = 600.0
+# passes over all events go in blocks, so that they need little memory beside the events
+_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -31,3 +37,106 @@ class EventStore:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def validate(self, name: str) -> EventStore:
+        """Check every promise of the class; returns the store itself.
+
+        Args:
+            name: the file or argument to name in an error.
+        Raises:
+            ValueError: an array of another type or length, or a value out of its range.
+        """
+        samples, events = len(self.labels), len(self.times)
+        for field, dtype, length in (
+            ("times", np.float32, events),
+            ("units", np.uint16, events),
+            ("offsets", np.int64, samples + 1),
+            ("labels", np.int64, samples),
+            ("speakers", np.int32, samples),
+        ):
+            array = getattr(self, field)
+            if array is None and field == "speakers":
+                continue
+            if array.dtype != dtype or array.shape != (length,):
+                raise ValueError(
+                    f"{name}: {field}: expected {np.dtype(dtype)} [{length}], "
+                    f"got {array.dtype} {list(array.shape)}"
+                )
+        if not samples:
+            raise ValueError(f"{name}: expected at least one sample, got none")
+        if self.offsets[0] != 0 or self.offsets[-1] != events or (np.diff(self.offsets) < 0).any():
+            raise ValueError(f"{name}: offsets: expected to rise from 0 to {events}")
+        check_range(f"{name}: labels", self.labels, len(self.class_names) - 1)
+        check_range(f"{name}: units", self.units, self.num_channels - 1)
+        check_range(f"{name}: times", self.times, MAX_SECONDS, "seconds")
+        unsorted = unsorted_samples(self.times, self.offsets)
+        if len(unsorted):
+            raise ValueError(f"{name}: times: expected sorted, sample {unsorted[0]} is not")
+        return self
+
+    def subset(self, indices: np.ndarray) -> EventStore:
+        """The samples of the given numbers, in the given order.
+
+        Args:
+            indices [K] int: sample numbers, 0..S - 1.
+        Returns:
+            A store of K samples with the same channels and classes; its arrays are copies.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        offsets = np.zeros(len(indices) + 1, np.int64)
+        np.cumsum(np.diff(self.offsets)[indices], out=offsets[1:])
+        spans = [
+            slice(a, b)
+            for a, b in zip(self.offsets[indices], self.offsets[indices + 1], strict=True)
+        ]
+        return replace(
+            self,
+            times=np.concatenate([self.times[:0], *(self.times[span] for span in spans)]),
+            units=np.concatenate([self.units[:0], *(self.units[span] for span in spans)]),
+            offsets=offsets,
+            labels=self.labels[indices],
+            speakers=None if self.speakers is None else self.speakers[indices],
+        )
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a SHA-256 over every array, every name and the channel count.
+
+        All contents are read, at about 1 GB a second: SHD takes half a second, SSC a few.
+        """
+        digest = hashlib.sha256(repr((self.num_channels, self.class_names)).encode())
+        for array in (self.times, self.units, self.offsets, self.labels, self.speakers):
+            if array is not None:
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).view(np.uint8))
+        return digest.hexdigest()[:16]
+
+    def summary(self) -> str:
+        """One line for people: samples, classes, speakers, channels, events and the last time."""
+        events = len(self.times)
+        speakers = "" if self.speakers is None else f"{len(np.unique(self.speakers))} speakers, "
+        last = f", up to {self.times.max():.2f} s" if events else ""
+        return (
+            f"{len(self)} samples, {len(self.class_names)} classes, {speakers}"
+            f"{self.num_channels} channels, {events / max(len(self), 1):.0f} events a sample{last}"
+        )
+
+
+def check_range(what: str, values: np.ndarray, top: float, unit: str = "") -> None:
+    """Raise ValueError unless all values are in 0..top; NaN is not."""
+    if not len(values):
+        return
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        raise ValueError(f"{what}: expected 0..{top} {unit}".rstrip() + f", got {low}..{high}")
+
+
+def unsorted_samples(times: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Numbers of the samples in which an event is earlier than the one before it."""
+    found = [np.empty(0, np.int64)]
+    for a in range(0, len(times), _BLOCK):
+        block = times[a : a + _BLOCK + 1]
+        falls = a + 1 + np.flatnonzero(block[1:] < block[:-1])
+        owner = np.searchsorted(offsets, falls, side="right") - 1
+        # a fall from one sample to the next is none
+        found.append(owner[offsets[owner] != falls])
+    return np.unique(np.concatenate(found))

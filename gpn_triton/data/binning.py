@@ -1,0 +1,330 @@
+"""Batches of samples as spike counts [T, B, C], with augmentation drawn afresh for every epoch.
+
+The specification, and what runs on a CPU. Every random draw is a hash of where it is used,
+
+    draw(key, stream, sample, event) = mix(.. mix(mix(key[0]) ^ key[1]) .. ^ event)   32 bits
+
+so it needs no generator state and does not depend on the batch's other samples, on their order or
+on the number of processes. All arithmetic is exact in uint32, or float32 with one rounding an
+operation, so that a kernel compiled without fused multiply-add reproduces every count.
+
+Per event, in this order: augmentation (channel shift, stretch, jitter, drop), then the noise
+events, which are not themselves augmented, then the bin and the channel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gpn_triton.data.events import EventStore
+
+STYLES = ("counts", "authors")
+OVERFLOWS = ("drop", "clip")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# windows where none is asked for: Heidelberg spikes end before 1.4 s; the authors' clock is 1 s
+MAX_TIME = {"counts": 1.4, "authors": 1.0}
+
+# samples counted at once on a CPU: their events then stay in cache (EPYC, 256 samples of 4,200
+# events, T = 50: 15 ms so, 44 ms at once)
+CPU_SAMPLES = 32
+
+# what a draw is for: the stream number of its hash
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = range(7)
+MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9
+# both below 2^31, so that a product with 32 bits fits a signed 64-bit integer
+MIX_1, MIX_2 = 0x21F0AAAD, 0x735A2D97
+# standard deviation of the sum of four uniform bytes
+BYTES_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
+
+
+@dataclass(frozen=True)
+class BinningConfig:
+    """How events become counts.
+
+    Args:
+        time_bins: number of bins T over the window.
+        max_time: the window [0, max_time), seconds. Default: 1.4, or 1.0 for authors.
+        channel_bin: input channels summed into one; 5 makes 140 of 700.
+        overflow: events outside the window: drop, or clip to the nearest bin.
+        style: counts, or authors: as the authors' published pipeline counts. Bin i holds the times
+            in ((i - 1) / T, i / T] of a 1 s clock, so that bin 0 holds t <= 0 only and all after
+            (T - 1) / T s is lost (edges are rounded to float16, as a comparison with float16 times
+            rounds them); unit 0 is lost; unit u counts in column C - u, and column 0 is empty.
+        dtype: of the counts: float32, float16 (exact to 2048) or bfloat16 (exact to 256).
+    Raises:
+        ValueError: a value out of range, or an option that the authors' style does not have.
+    """
+
+    time_bins: int
+    max_time: float | None = None
+    channel_bin: int = 1
+    overflow: str = "drop"
+    style: str = "counts"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        for name, choices in (("style", STYLES), ("overflow", OVERFLOWS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(str, choices))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.max_time is None:
+            object.__setattr__(self, "max_time", MAX_TIME[self.style])
+        for name in ("time_bins", "channel_bin"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        if not 0 < self.max_time < math.inf:
+            raise ValueError(f"max_time: expected seconds above 0, got {self.max_time!r}")
+        if self.style == "authors":
+            for name, value in (("max_time", 1.0), ("channel_bin", 1), ("overflow", "drop")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"{name}: the authors' binning knows only {value}, "
+                        f"got {getattr(self, name)!r}"
+                    )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a sample's events are changed, differently in every epoch; 0 is off.
+
+    Args:
+        channel_shift: the sample moves by up to so many channels either way; events that leave the
+            range are lost.
+        time_stretch: the sample's times are multiplied by 1 +- up to this share.
+        time_jitter: deviation of each event's own displacement, seconds: near normal, the sum of
+            four uniform draws, within 3.45 deviations.
+        drop: probability with which each event is lost.
+        noise: events added, as a share of the sample's: uniform over all channels and over the time
+            from 0 to the sample's last event.
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    channel_shift: int = 0
+    time_stretch: float = 0.0
+    time_jitter: float = 0.0
+    drop: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self):
+        top = {"time_stretch": 1, "drop": 1, "noise": 1 << 16}
+        for field in fields(self):
+            value, below = getattr(self, field.name), top.get(field.name, math.inf)
+            if not 0 <= value < below:
+                raise ValueError(f"{field.name}: expected 0 <= value < {below}, got {value!r}")
+
+
+class DeviceEvents:
+    """An event store's arrays as tensors on a device, 6 bytes an event.
+
+    Args:
+        store: the samples. On a CPU the tensors share its memory.
+        device: where the tensors shall be.
+    Attributes:
+        times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, labels [S]
+        int64: as in EventStore. num_channels: C.
+    """
+
+    def __init__(self, store: EventStore, device: torch.device | str = "cpu"):
+        self.times = torch.from_numpy(store.times).to(device)
+        # few operations know uint16
+        self.units = torch.from_numpy(store.units.view("int16")).to(device)
+        self.offsets = torch.from_numpy(store.offsets).to(device)
+        self.labels = torch.from_numpy(store.labels).to(device)
+        self.num_channels = store.num_channels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def bin_batch(
+    events: DeviceEvents,
+    indices: Tensor,
+    config: BinningConfig,
+    augmentation: Augmentation | None = None,
+    draw_key: Tensor | tuple[int, int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Count the events of some samples by time bin and channel.
+
+    On a GPU the host waits for the number of events (and of noise events), so this function cannot
+    be captured in a CUDA graph; its draws could.
+
+    Args:
+        events: all samples.
+        indices [B] int64: which samples, in which order; on the events' device.
+        config: bins, window, channels and dtype.
+        augmentation: what to change; None: nothing.
+        draw_key [2] int64: what the draws depend on beside the sample and the event, such as
+            (seed, epoch); the low 32 bits of each count. A tensor on the events' device, or two
+            integers. Needed with an augmentation.
+        out [T, B, ceil(C / channel_bin)] float32, contiguous: where to count, overwritten. Default:
+            a new tensor, whose first touch on a CPU costs as much as counting once it is large.
+    Returns:
+        counts [T, B, ceil(C / channel_bin)] of config.dtype; `out` itself where that is float32.
+    Raises:
+        ValueError: indices or out of another type or shape, or an augmentation without a key.
+    """
+    if indices.dtype != torch.int64 or indices.ndim != 1:
+        raise ValueError(f"indices: expected int64 [B], got {indices.dtype} {list(indices.shape)}")
+    if augmentation is not None and draw_key is None:
+        raise ValueError("draw_key: expected two integers beside an augmentation, got None")
+    T, B, C = config.time_bins, len(indices), events.num_channels
+    shape = (T, B, -(-C // config.channel_bin))
+    if out is None:
+        out = torch.zeros(shape, device=indices.device)
+    elif out.dtype != torch.float32 or out.shape != shape or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}"
+        )
+    else:
+        out.zero_()
+    step = CPU_SAMPLES if indices.device.type == "cpu" else max(B, 1)
+    for a in range(0, B, step):
+        _count(out, a, events, indices[a : a + step], config, augmentation, draw_key)
+    return out.to(config.dtype)
+
+
+def _count(
+    out: Tensor,
+    first_slot: int,
+    events: DeviceEvents,
+    indices: Tensor,
+    config: BinningConfig,
+    augmentation: Augmentation | None,
+    draw_key: Tensor | tuple[int, int] | None,
+) -> None:
+    """Add the events of the samples to out [T, B, C] from its batch position first_slot on."""
+    T, B, columns = out.shape
+    C = events.num_channels
+    first = events.offsets.index_select(0, indices)
+    count = events.offsets.index_select(0, indices + 1) - first
+    slot, where = _enumerate(count, first)
+    t = events.times.index_select(0, where)
+    unit = events.units.index_select(0, where).long().bitwise_and_(0xFFFF)
+    keep = torch.ones_like(t, dtype=torch.bool)
+
+    if augmentation is not None:
+        draws = Draws(torch.as_tensor(draw_key, device=indices.device), indices)
+        number = where - first.index_select(0, slot)
+        t, unit, keep = _change(augmentation, draws, t, unit, keep, slot, number, C)
+        if augmentation.noise:
+            last = first + count - 1
+            noise_t, noise_unit, noise_slot = _noise(augmentation.noise, draws, events, count, last)
+            t, unit = torch.cat([t, noise_t]), torch.cat([unit, noise_unit])
+            slot = torch.cat([slot, noise_slot])
+            keep = torch.cat([keep, torch.ones_like(noise_t, dtype=torch.bool)])
+
+    if config.style == "authors":
+        edges = torch.arange(T, dtype=torch.float64, device=t.device) * (1 / T)
+        bin = torch.bucketize(t, edges.half().float())
+        keep &= (bin < T) & (unit > 0)
+        bin, channel = bin.clamp_(max=T - 1), (C - unit).clamp_(max=C - 1)
+    else:
+        bin = (t * (T / config.max_time)).clamp_(0, T - 1).long()
+        if config.overflow == "drop":
+            keep &= (t >= 0) & (t < config.max_time)
+        channel = unit if config.channel_bin == 1 else unit // config.channel_bin
+    cell = bin.mul_(B).add_(slot.add_(first_slot)).mul_(columns).add_(channel)
+    # sums of ones are exact in float32, in whatever order
+    out.view(-1).scatter_add_(0, cell, keep.float())
+
+
+class Draws:
+    """Random 32-bit numbers that are a function of what they are for.
+
+    Args:
+        key [2] int64: see bin_batch.
+        indices [B] int64: the samples' numbers in the event store.
+    """
+
+    def __init__(self, key: Tensor, indices: Tensor):
+        self.key = fold(fold(key[0].new_zeros(()), key[0] & MASK), key[1] & MASK)
+        self.indices = indices
+
+    def __call__(self, stream: int, slot: Tensor | None = None, number: Tensor | int = 0) -> Tensor:
+        """One draw a sample, or one an event: `slot` [E] its place in indices, `number` [E]."""
+        h = fold(fold(self.key, stream), self.indices)
+        return fold(h if slot is None else h.index_select(0, slot), number)
+
+
+def fold(h: Tensor, word: Tensor | int) -> Tensor:
+    """Mix a word of 32 bits into a hash of 32 bits, both held as int64.
+
+    Source: Chris Wellons' hash prospector, for the form and the constants of the mixing.
+    """
+    h = (h ^ word).add_(GOLDEN).bitwise_and_(MASK)
+    h = h.bitwise_xor_(h >> 16).mul_(MIX_1).bitwise_and_(MASK)
+    h = h.bitwise_xor_(h >> 15).mul_(MIX_2).bitwise_and_(MASK)
+    return h.bitwise_xor_(h >> 15)
+
+
+def _uniform(draw: Tensor) -> Tensor:
+    """float32 in [0, 1), a multiple of 2^-24."""
+    return (draw >> 8).float().mul_(2.0**-24)
+
+
+def _below(draw: Tensor, n: int) -> Tensor:
+    """int64 in 0..n - 1, the high half of the product."""
+    return (draw * n) >> 32
+
+
+def _near_normal(draw: Tensor) -> Tensor:
+    """float32, the centred sum of the draw's four bytes: deviation BYTES_DEVIATION."""
+    pairs = (draw & 0xFF00FF) + ((draw >> 8) & 0xFF00FF)
+    return ((pairs & 0xFFFF) + (pairs >> 16) - 510).float()
+
+
+def _enumerate(count: Tensor, first: Tensor | int = 0) -> tuple[Tensor, Tensor]:
+    """For count [B]: each item's slot in 0..B - 1, and first [B] plus its rank in the slot."""
+    slot = torch.repeat_interleave(count)
+    shift = first - (count.cumsum(0) - count)
+    rank = torch.arange(len(slot), device=count.device).add_(shift.index_select(0, slot))
+    return slot, rank
+
+
+def _change(
+    augmentation: Augmentation,
+    draws: Draws,
+    t: Tensor,
+    unit: Tensor,
+    keep: Tensor,
+    slot: Tensor,
+    number: Tensor,
+    channels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Events' times, units and whether they stay, after shift, stretch, jitter and drop."""
+    if augmentation.channel_shift:
+        reach = augmentation.channel_shift
+        shift = _below(draws(SHIFT), 2 * reach + 1) - reach
+        unit = unit + shift.index_select(0, slot)
+        keep &= (unit >= 0) & (unit < channels)
+        unit = unit.clamp_(0, channels - 1)
+    if augmentation.time_stretch:
+        factor = 1 + augmentation.time_stretch * (2 * _uniform(draws(STRETCH)) - 1)
+        t = t * factor.index_select(0, slot)
+    if augmentation.time_jitter:
+        scale = augmentation.time_jitter / BYTES_DEVIATION
+        t = t + _near_normal(draws(JITTER, slot, number)) * scale
+    if augmentation.drop:
+        keep &= draws(DROP, slot, number) >= round(augmentation.drop * 2**32)
+    return t, unit, keep
+
+
+def _noise(
+    share: float, draws: Draws, events: DeviceEvents, count: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Times, units and slots of noise events, for samples of `count` events up to number `last`."""
+    # share * count, rounded up or down at random, in 1 / 65536
+    added = (count * round(share * 65536) + (draws(NOISE_COUNT) >> 16)) >> 16
+    slot, number = _enumerate(added)
+    end = events.times.index_select(0, last.index_select(0, slot))
+    t = _uniform(draws(NOISE_TIME, slot, number)) * end
+    return t, _below(draws(NOISE_UNIT, slot, number), events.num_channels), slot
