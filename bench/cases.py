@@ -1,4 +1,4 @@
-"""Named shapes of the benchmarks: full ones for a GPU, scaled-down ones of the same names for a CPU.
+"""Named shapes of the benchmarks: full for a GPU, scaled down under the same names for a CPU.
 
 A name says what the full shape is; a record carries the shape that ran and, in `scaled`, whether it
 is a smaller one. Names ending in a dtype run in it.

@@ -96,8 +96,10 @@ class LoopGPN(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        layer, state = self.layer, torch.float32
-        v_reset = layer.reset_std * torch.randn(x.shape[1:], dtype=state, device=x.device)
+        layer = self.layer
+        v_reset = torch.zeros(x.shape[1:], device=x.device)
+        if self.training:
+            v_reset.normal_(0, layer.reset_std)
         spikes, v = reference.gpn_loop(
             x, layer.weight_x, layer.weight_v, layer.bias, v_reset, v_reset
         )

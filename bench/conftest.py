@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from bench import measure
 from bench.cases import SIZES, Case, cases
 from bench.competitors import Unavailable
 from bench.counts import floor_seconds
-from bench.subjects import OURS, Wrong
+from bench.subjects import Wrong
 from gpn_triton.train import provenance
 
 _now = 0.0
@@ -202,7 +203,7 @@ def contest(request, benchmark, device, ceilings, header):
             raise error
         times, count = entered.times[subject], entered.counts[subject]
         floor = floor_seconds(count, ceilings)
-        first = next((s for s in entered.times if s in OURS), None)
+        first = next((s for s in entered.times if s.startswith("gpn")), None)
         wall = measure.summary(times.wall)
         benchmark.extra_info.update(
             header,
@@ -244,10 +245,9 @@ def contest(request, benchmark, device, ceilings, header):
     return run
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> float:
+def _ratio(times: list[float], others: list[float]) -> float:
     """Median over rounds of one's time over another's, taken next to each other."""
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    return ratios[len(ratios) // 2]
+    return statistics.median(a / b for a, b in zip(times, others, strict=False))
 
 
 _left_out: list[dict[str, str]] = []
@@ -258,21 +258,23 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.when == "call" and report.outcome != "passed":
         reason = report.longrepr[2] if report.skipped else str(report.longrepr).splitlines()[-1]
+        params = item.callspec.params if hasattr(item, "callspec") else {}
         _left_out.append(
             {
                 "group": _group(item),
-                "subject": str(item.callspec.params.get("subject")) if hasattr(item, "callspec") else "",
+                "subject": params.get("subject", item.name),
                 "outcome": report.outcome,
                 "reason": reason.removeprefix("Skipped: "),
             }
-        )  # fmt: skip
+        )
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Name what did not run, and why, in the record; drop what only says who ran it."""
     output_json["left_out"] = _left_out
-    for key in ("node",):
-        output_json["machine_info"].pop(key, None)
+    output_json["machine_info"].pop("node", None)
+    for record in output_json["benchmarks"]:
+        record["params"] = {k: record["extra_info"].get(k) for k in ("case", "subject")}
 
 
 def pytest_report_header(config):

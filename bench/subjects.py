@@ -159,7 +159,7 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
 
 
 def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str], Entry]:
-    """A function that prepares a subject by name, for one case; its numbers are made at first use."""
+    """A function that prepares a subject of a case by name; numbers are made at first use."""
     problem = functools.cache(lambda: Problem(case, device))
     return lambda subject: prepare(problem(), subject, backward)
 
@@ -171,7 +171,7 @@ def call_dtype(call: Call) -> torch.dtype:
 
 def _build(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, Any]:
     """Kind of layer, the call, and for other layers than GPN the module that specifies it."""
-    device, N = problem.device, problem.case.N
+    device = problem.device
     half = None if problem.dtype == torch.float32 else problem.dtype
     cotangent = problem.cotangent if backward else None
     if subject.startswith("gpn-"):
@@ -292,7 +292,14 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
     cotangent = problem.cotangent[:, rows].cpu().double()
     got = out[:, rows].cpu().double()
     if kind == "gpn":
-        expected = _check_spikes(problem, leaves, got, margin)
+        if "weight_vx" in leaves:
+            weight_v, weight_x = leaves["weight_vx"].split(problem.case.N, 1)
+        else:
+            weight_v, weight_x = leaves["weight_v"], leaves["weight_x"]
+        expected = specification_under(
+            got, problem.current(leaves), weight_x, weight_v, leaves["bias"],
+            problem.v_reset[rows].cpu().double(), margin,
+        )  # fmt: skip
     elif kind == "lif":
         current = problem.current(leaves)
         expected, _ = reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)
@@ -307,33 +314,43 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
         expected = torch.func.functional_call(
             twin, {k: v for k, v in leaves.items() if k != "x"}, (leaves["x"],)
         )[0]
-        _compare("the result", got, expected.detach(), share)
+        compare("the result", got, expected.detach(), share)
     if gradients:
         expected.backward(cotangent)
         for name, gradient in gradients.items():
             if name == "x":
                 gradient = gradient[:, rows]
-            _compare(f"the gradient of {name}", gradient.cpu().double(), leaves[name].grad, share)
+            compare(f"the gradient of {name}", gradient.cpu().double(), leaves[name].grad, share)
     steps = problem.case.T * problem.case.B
     return {"spikes_a_step": out.sum().item() / steps} if kind in ("gpn", "lif") else {}
 
 
-def _check_spikes(problem: Problem, leaves, spikes: Tensor, margin: float) -> Tensor:
-    """Run the specification under the given spikes' resets; returns its smooth spikes.
+def specification_under(
+    spikes: Tensor,
+    current: Tensor,
+    weight_x: Tensor,
+    weight_v: Tensor,
+    bias: Tensor,
+    v_reset: Tensor,
+    margin: float,
+) -> Tensor:
+    """Run GPN's specification in float64 under the resets of given spikes.
 
     Under another's resets trajectories do not part, so spikes must agree at every step where
     |h - theta| exceeds the margin, and the smooth step's gradients are the surrogate's.
+
+    Args:
+        spikes [T, R, N]: 0 or 1, of the subject. current [T, R, N], weight_x, weight_v [4 N, N],
+            bias [4 N], v_reset [R, N]: float64.
+        margin: of |h - theta|, within which a spike may differ.
+    Returns:
+        [T, R, N]: the surrogate's smooth step, differentiable.
+    Raises:
+        Wrong: a spike differs.
     """
-    if "weight_vx" in leaves:
-        N = problem.case.N
-        weight_v, weight_x = leaves["weight_vx"][:, :N], leaves["weight_vx"][:, N:]
-    else:
-        weight_v, weight_x = leaves["weight_v"], leaves["weight_x"]
-    v_reset = problem.v_reset[problem.rows].cpu().double()
     smooth, _ = reference.gpn_loop(
-        problem.current(leaves), weight_x, weight_v, leaves["bias"], v_reset, v_reset,
-        smooth=True, reset_mask=spikes,
-    )  # fmt: skip
+        current, weight_x, weight_v, bias, v_reset, v_reset, smooth=True, reset_mask=spikes
+    )
     # the inverse of surrogate.SURROGATES["atan"].value at alpha = 2
     u = torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi
     differs = ((u >= 0).double() != spikes) & (u.abs() > margin)
@@ -341,12 +358,12 @@ def _check_spikes(problem: Problem, leaves, spikes: Tensor, margin: float) -> Te
         t, b, n = differs.nonzero()[0].tolist()
         raise Wrong(
             f"{int(differs.sum())} of {spikes.numel()} checked spikes differ, the first at step "
-            f"{t}, sample {problem.rows[b]}, neuron {n}, where h - theta is {u[t, b, n]:.2g}"
+            f"{t}, checked sample {b}, neuron {n}, where h - theta is {u[t, b, n]:.2g}"
         )
     return smooth
 
 
-def _compare(what: str, got: Tensor, expected: Tensor, share: float) -> None:
+def compare(what: str, got: Tensor, expected: Tensor, share: float) -> None:
     """Raise Wrong if an element is off by more than a share of the largest one."""
     scale = expected.abs().max().item()
     error = (got - expected).abs().max().item()
