@@ -1,0 +1,157 @@
+"""Spike data: files and made sets to event stores, splits, and batches of binned counts."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from gpn_triton.data.binning import Augmentation, BinningConfig, DeviceEvents, bin_batch
+from gpn_triton.data.download import PARTS, fetch
+from gpn_triton.data.events import EventStore, check_range
+from gpn_triton.data.hdf5 import check_file, read_events, write_events
+from gpn_triton.data.splits import choose_split, hold_out_speakers, stratified_split
+
+__all__ = [
+    "Augmentation",
+    "BinningConfig",
+    "DeviceEvents",
+    "EventStore",
+    "Splits",
+    "bin_batch",
+    "choose_split",
+    "fetch",
+    "hold_out_speakers",
+    "load_splits",
+    "read_events",
+    "stratified_split",
+    "write_events",
+]
+
+# as published today; older documents give others for SHD
+KNOWN_COUNTS = {
+    "shd": {"train": 8156, "test": 2264},
+    "ssc": {"train": 75466, "valid": 9981, "test": 20382},
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and test samples of one data set.
+
+    Args:
+        train, valid: read already.
+        load_test: reads the test samples; called once, when `test` is first asked for, so that
+            training cannot have seen them.
+        description: one line for people: where each part comes from.
+    """
+
+    train: EventStore
+    valid: EventStore
+    load_test: Callable[[], EventStore]
+    description: str
+
+    @cached_property
+    def test(self) -> EventStore:
+        """The test samples, read now if they were not before."""
+        return self.load_test()
+
+
+def load_splits(
+    dataset: str | os.PathLike = "synthetic",
+    train_file: str | os.PathLike | None = None,
+    valid_file: str | os.PathLike | None = None,
+    test_file: str | os.PathLike | None = None,
+    samples: int = 2000,
+    valid_split: str = "auto",
+    valid_fraction: float = 0.1,
+    seed: int = 0,
+    data_dir: str | os.PathLike = "data",
+    cache_dir: str | os.PathLike | None = None,
+    download: bool = False,
+    num_channels: int = 700,
+) -> Splits:
+    """Find, read and split a data set; whatever has no file of its own is split off the training.
+
+    Args:
+        dataset: synthetic, shd, ssc or a file in SHD's layout; a train_file wins over it.
+        train_file, valid_file, test_file: files in SHD's layout. A missing test part is held out of
+            the training data first, then a missing validation part.
+        samples: training samples of synthetic.
+        valid_split, valid_fraction, seed: see splits.choose_split; for a held-out test part, too.
+            The seed is also that of synthetic.
+        data_dir, download: see download.fetch. cache_dir, num_channels: see hdf5.read_events.
+    Returns:
+        the parts, all with the training data's classes.
+    Raises:
+        ValueError: an unknown name, a bad file, classes that do not fit the training data's, or a
+            split that cannot be. FileNotFoundError, ConnectionError: no such file.
+    """
+    if train_file is None and dataset == "synthetic":
+        # imported when needed: only this set needs it
+        from gpn_triton.data.synthetic import synthetic_splits
+
+        made = synthetic_splits(samples, seed)
+        about = f"synthetic, seed {seed}: {_sizes(made.train, made.valid)}"
+        return Splits(made.train, made.valid, lambda: made.test, about)
+
+    if train_file is not None:
+        name, files = train_file, {"train": train_file, "valid": valid_file, "test": test_file}
+    elif dataset in PARTS:
+        name, files = dataset, fetch(dataset, data_dir, download)
+    elif Path(dataset).suffix in (".h5", ".hdf5") or Path(dataset).exists():
+        name, files = dataset, {"train": dataset, "valid": valid_file, "test": test_file}
+    else:
+        raise ValueError(
+            f"dataset: expected synthetic, {', '.join(PARTS)} or FILE.h5, got {str(dataset)!r}"
+        )
+
+    def read(part: str) -> EventStore:
+        store = read_events(files[part], cache_dir, num_channels)
+        known = KNOWN_COUNTS.get(name, {}).get(part, len(store))
+        if len(store) != known:
+            warnings.warn(
+                f"{files[part]}: {len(store)} samples, the published set has {known}", stacklevel=3
+            )
+        return store
+
+    train = read("train")
+    classes, valid_how = train.class_names, Path(files.get("valid") or name).name
+    if files.get("test") is None:
+        whole = train
+        kept, held, how = choose_split(whole, valid_split, valid_fraction, seed + 1)
+        train = whole.subset(kept)
+        load_test = partial(whole.subset, held)
+        test_how = f"{len(held)} samples held out, {how}"
+    else:
+        # so that a wrong name is not found out after the training
+        check_file(files["test"])
+        load_test = lambda: _with_classes(read("test"), classes, files["test"])  # noqa: E731
+        test_how = f"{Path(files['test']).name}, read at the end"
+    if files.get("valid") is None:
+        kept, held, valid_how = choose_split(train, valid_split, valid_fraction, seed)
+        train, valid = train.subset(kept), train.subset(held)
+    else:
+        valid = _with_classes(read("valid"), classes, files["valid"])
+    about = f"{Path(name).name}: {_sizes(train, valid)} ({valid_how}); test: {test_how}"
+    return Splits(train, valid, load_test, about)
+
+
+def _sizes(train: EventStore, valid: EventStore) -> str:
+    return f"{len(train)} training and {len(valid)} validation samples"
+
+
+def _with_classes(store: EventStore, classes: tuple[str, ...], path: str | os.PathLike):
+    """The store with the training data's classes, where its own do not contradict them."""
+    numbers = tuple(map(str, range(max(len(classes), len(store.class_names)))))
+    named = [c for c in (store.class_names, classes) if c != numbers[: len(c)]]
+    if len(named) == 2 and store.class_names != classes:
+        raise ValueError(
+            f"{path}: extra/keys: expected the training data's classes {classes[:4]}..., "
+            f"got {store.class_names[:4]}..."
+        )
+    check_range(f"{path}: labels", store.labels, len(classes) - 1)
+    return replace(store, class_names=classes)

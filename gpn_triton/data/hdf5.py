@@ -31,6 +31,7 @@ import numpy as np
 from gpn_triton.data import hdf5_reader
 from gpn_triton.data.events import MAX_SECONDS, EventStore, check_range, unsorted_samples
 
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # part of every cache's name: raise it when what a cache holds changes
 CACHE_FORMAT = 1
 # labels without names are believed up to here
@@ -64,9 +65,7 @@ def read_events(
             names the file, what was expected and what came.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing there"
-        raise FileNotFoundError(f"{path}: expected an HDF5 file in SHD's layout, found {found}")
+    check_file(path)
     if not 1 <= num_channels <= 1 << 16:
         raise ValueError(f"num_channels: expected 1..{1 << 16}, got {num_channels}")
     if not use_cache:
@@ -86,6 +85,22 @@ def read_events(
                 stacklevel=2,
             )
     return _warn_of_empty_classes(store, path)
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raise FileNotFoundError or ValueError unless an HDF5 file is there; its contents stay unread.
+
+    Args:
+        path: the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise FileNotFoundError(f"{path}: expected an HDF5 file in SHD's layout, found {found}")
+    with path.open("rb") as file:
+        head = file.read(len(_SIGNATURE))
+    if head != _SIGNATURE:
+        raise ValueError(f"{path}: expected an HDF5 file, got one that begins with {head!r}")
 
 
 def write_events(

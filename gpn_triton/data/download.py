@@ -1,0 +1,236 @@
+"""Fetch SHD and SSC: from two hosts in turn, resumed, verified, and never half a file.
+
+Source: Cramer, Stradmann, Schemmel, Zenke, 2022; licence CC BY 4.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import os
+import shutil
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from gpn_triton.data.hdf5 import write_atomically
+
+HOSTS = ("https://compneuro.net/datasets/", "https://zenkelab.org/datasets/")
+PARTS = {"shd": ("train", "test"), "ssc": ("train", "valid", "test")}
+# of NAME.h5.zip
+MD5 = {
+    "shd_train": "f3252aeb598ac776c1b526422d90eecb",
+    "shd_test": "1503a5064faa34311c398fb0a1ed0a6f",
+    "ssc_train": "d102be95e7144fcc0553d1f45ba94170",
+    "ssc_valid": "b4eee3516a4a90dd0c71a6ac23a8ae43",
+    "ssc_test": "a35ff1e9cffdd02a20eb850c17c37748",
+}
+# no archive is a quarter of this: a server that does not stop sending is stopped
+MAX_BYTES = 8 << 30
+_BLOCK = 1 << 18
+
+
+def fetch(
+    name: str,
+    data_dir: str | os.PathLike,
+    download: bool,
+    hosts: Sequence[str] = HOSTS,
+    md5: Mapping[str, str] = MD5,
+    timeout: float = 30.0,
+) -> dict[str, Path]:
+    """Find a data set's files, or fetch and unpack the missing ones.
+
+    A download continues where an earlier one, from whichever host, was cut (NAME.h5.zip.part).
+    Archives NAME.h5.zip that lie in the folder already are used, and kept.
+
+    Args:
+        name: shd or ssc.
+        data_dir: the folder the files lie in, or come into; made if missing.
+        download: whether to fetch what is missing.
+        hosts: addresses to which NAME.h5.zip is appended, tried in this order.
+        md5: sums of the archives by NAME, such as shd_train.
+        timeout: how long a host may be silent, seconds.
+    Returns:
+        the unpacked files: train, test and, for ssc, valid.
+    Raises:
+        ValueError: an unknown name, or an archive with the right sum but the wrong contents.
+        FileNotFoundError: files are missing and download is off.
+        ConnectionError: no host could deliver; what arrived is kept for the next attempt.
+        OSError: the folder cannot be written or the disk is full.
+    """
+    if name not in PARTS:
+        raise ValueError(f"dataset: expected one of {', '.join(PARTS)}, got {name!r}")
+    folder = Path(data_dir)
+    files = {part: folder / f"{name}_{part}.h5" for part in PARTS[name]}
+    for path in files.values():
+        _unpack_if_there(path, md5[path.stem])
+    missing = [path for path in files.values() if not path.exists()]
+    if missing and not download:
+        raise FileNotFoundError(
+            f"{', '.join(path.name for path in missing)} not found in {folder.resolve()}: add "
+            f"--download, or put the files or their .zip from {' or '.join(hosts)} there"
+        )
+    for path in missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        # the processes of one distributed run come here together
+        with _locked(folder):
+            if not path.exists():
+                archive = path.with_name(path.name + ".zip")
+                addresses = [host + archive.name for host in hosts]
+                _download(archive, addresses, md5[path.stem], timeout)
+                _unpack(archive, path)
+                archive.unlink()
+    return files
+
+
+class _HostFailed(Exception):
+    """Why a host did not deliver the rest of a file."""
+
+
+def _download(archive: Path, addresses: Sequence[str], md5: str, timeout: float) -> None:
+    """Fetch an archive into NAME.part from the addresses in turn, verify and rename it."""
+    part = archive.with_name(archive.name + ".part")
+    waiting, failures, most = list(addresses), {}, 0
+    while waiting:
+        address = waiting.pop(0)
+        before = _size(part)
+        try:
+            _receive(address, part, timeout)
+        except _HostFailed as error:
+            failures[address] = str(error)
+            # cut off, but further than ever: worth another turn after the others
+            if _size(part) > max(before, most):
+                waiting.append(address)
+        else:
+            found = _md5(part)
+            if found == md5:
+                os.replace(part, archive)
+                return
+            failures[address] = f"sent {_size(part)} bytes of md5 {found}, expected {md5}"
+            part.unlink()
+            # the wrong bytes may have been there before
+            if before:
+                waiting.append(address)
+        most = max(most, _size(part))
+    reasons = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
+    raise ConnectionError(
+        f"{archive.name}: no host delivered it ({reasons}): try again, which goes on from what "
+        f"arrived, or put the file into {archive.parent.resolve()} by hand"
+    )
+
+
+def _receive(address: str, part: Path, timeout: float) -> None:
+    """Append to `part` what it lacks, or write it anew where the host cannot continue."""
+    have = _size(part)
+    headers = {"User-Agent": "gpn-triton", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        response = urllib.request.urlopen(
+            urllib.request.Request(address, headers=headers), timeout=timeout
+        )
+    except urllib.error.HTTPError as error:
+        if have and error.code == 416:
+            # nothing beyond what is here: the sum will tell whether that is all
+            return
+        raise _HostFailed(f"HTTP {error.code} {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _HostFailed(_describe(error, timeout)) from None
+    with response:
+        length = response.headers.get("Content-Length")
+        if response.status == 206:
+            sent = response.headers.get("Content-Range", "")
+            if not sent.startswith(f"bytes {have}-"):
+                raise _HostFailed(f"asked for bytes from {have}, sent {sent!r}")
+        else:
+            have = 0
+        total = have + int(length) if length and length.isdecimal() else None
+        with (
+            part.open("ab" if have else "wb") as file,
+            tqdm(
+                desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None
+            ) as bar,
+        ):
+            while True:
+                try:
+                    block = response.read1(_BLOCK)
+                except (OSError, http.client.HTTPException) as error:
+                    raise _HostFailed(_describe(error, timeout)) from None
+                if not block:
+                    break
+                file.write(block)
+                bar.update(len(block))
+                if file.tell() > MAX_BYTES:
+                    raise _HostFailed(f"sent more than {MAX_BYTES} bytes")
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and _size(part) < total:
+        raise _HostFailed(f"cut off after {_size(part)} of {total} bytes")
+
+
+def _describe(error: Exception, timeout: float) -> str:
+    """A network error in a few words."""
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, TimeoutError):
+        return f"silent for {timeout:g} s"
+    return str(reason) or type(reason).__name__
+
+
+def _unpack_if_there(path: Path, md5: str) -> None:
+    """Unpack an archive that somebody put beside the place of its missing contents."""
+    archive = path.with_name(path.name + ".zip")
+    if path.exists() or not archive.exists():
+        return
+    found = _md5(archive)
+    if found == md5:
+        _unpack(archive, path)
+    else:
+        warnings.warn(f"{archive}: ignored, md5 {found}, expected {md5}", stacklevel=3)
+
+
+def _unpack(archive: Path, path: Path) -> None:
+    """Write the archive's one member of path's name to path, whatever folder it claims."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [m for m in file.infolist() if PurePosixPath(m.filename).name == path.name]
+            if len(members) != 1:
+                raise ValueError(
+                    f"{archive}: expected one member {path.name}, got {file.namelist()[:5]}"
+                )
+            with file.open(members[0]) as source:
+                write_atomically(path, lambda target: shutil.copyfileobj(source, target, _BLOCK))
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{archive}: expected a zip archive with {path.name}, got: {error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes that ask for it by this function."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
