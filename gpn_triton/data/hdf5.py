@@ -65,9 +65,9 @@ def read_events(
             names the file, what was expected and what came.
     """
     path = Path(path)
-    check_file(path)
     if not 1 <= num_channels <= 1 << 16:
         raise ValueError(f"num_channels: expected 1..{1 << 16}, got {num_channels}")
+    check_file(path)
     if not use_cache:
         return _warn_of_empty_classes(_parse(path, num_channels)[0], path)
     folder = path.parent if cache_dir is None else Path(cache_dir)
@@ -151,7 +151,7 @@ def _parse(path: Path, num_channels: int) -> tuple[EventStore, np.dtype]:
     check_range(f"{path}: spikes/units", units, num_channels - 1)
     check_range(f"{path}: labels", labels, len(names or range(MAX_CLASSES)) - 1)
     if not names:
-        names = [str(k) for k in range(int(labels.max(initial=-1)) + 1)]
+        names = [str(k) for k in range(int(labels.max()) + 1 if len(labels) else 0)]
     offsets = np.zeros(len(labels) + 1, np.int64)
     np.cumsum(arrays["lengths"], out=offsets[1:])
     store = EventStore(

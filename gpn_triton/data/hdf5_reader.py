@@ -105,6 +105,9 @@ def _read_ragged(
     if not isinstance(dtype, np.dtype):
         raise ValueError(f"{name}: expected a variable length per sample, got {data.dtype} rows")
     _expect_kind(name, dtype, kinds, what)
+    if not dtype.isnative:
+        # h5py 3.16 returns such rows with their bytes in the wrong order
+        raise ValueError(f"{name}: expected this machine's byte order, got {dtype.str}")
     _expect_samples(name, data, samples)
     lengths = np.empty(samples, np.int64)
     parts = [np.empty(0, dtype)]

@@ -1,0 +1,492 @@
+"""Files in SHD's layout: what is legal, what is an error, and the cache."""
+
+import dataclasses
+import errno
+import os
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+from stores import make_store
+
+from gpn_triton.data import hdf5, hdf5_reader, read_events, write_events
+from gpn_triton.data.events import unsorted_samples
+
+TIMES = [[0.1, 0.2, 0.3], [0.05], []]
+UNITS = [[5, 699, 0], [7], []]
+
+
+def write_layout(
+    path,
+    times=TIMES,
+    units=UNITS,
+    labels=(0, 1, 1),
+    times_dtype=np.float16,
+    units_dtype=np.uint16,
+    labels_dtype=np.uint16,
+    **extra,
+):
+    """A file written by h5py alone, as its makers do; what is None is left out."""
+    with h5py.File(path, "w") as file:
+        for name, rows, dtype in (("times", times, times_dtype), ("units", units, units_dtype)):
+            if rows is not None:
+                data = file.create_dataset(
+                    f"spikes/{name}", (len(rows),), dtype=h5py.vlen_dtype(np.dtype(dtype))
+                )
+                for k, row in enumerate(rows):
+                    data[k] = np.array(row, dtype)
+        if labels is not None:
+            file["labels"] = np.array(labels, labels_dtype)
+        for name, value in extra.items():
+            file[f"extra/{name}"] = value
+    return path
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Read without a process of its own, where only the file's contents are the subject."""
+
+    def run(path):
+        try:
+            return hdf5_reader.read_layout(str(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    monkeypatch.setattr(hdf5, "_run_reader", run)
+
+
+def assert_same(a, b):
+    for field in dataclasses.fields(a):
+        one, other = getattr(a, field.name), getattr(b, field.name)
+        np.testing.assert_array_equal(one, other)
+        assert getattr(one, "dtype", None) == getattr(other, "dtype", None)
+
+
+# legal
+
+
+@pytest.mark.parametrize("speakers", [4, None])
+def test_a_store_written_and_read_is_the_same(tmp_path, speakers):
+    store = make_store(speakers=speakers)
+    write_events(tmp_path / "a.h5", store)
+    read = read_events(tmp_path / "a.h5")
+    assert_same(read, store)
+    assert read.fingerprint() == store.fingerprint()
+
+
+def test_the_published_layout_is_read(tmp_path, in_process):
+    path = write_layout(
+        tmp_path / "a.h5",
+        speaker=np.array([4, 4, 9], np.uint16),
+        keys=np.array([b"null", "fünf".encode()]),
+    )
+    store = read_events(path)
+    assert store.times.dtype == np.float32 and store.units.dtype == np.uint16
+    np.testing.assert_array_equal(store.times, np.float16([0.1, 0.2, 0.3, 0.05]).astype("f4"))
+    np.testing.assert_array_equal(store.units, [5, 699, 0, 7])
+    np.testing.assert_array_equal(store.offsets, [0, 3, 4, 4])
+    np.testing.assert_array_equal(store.speakers, [4, 4, 9])
+    assert store.class_names == ("null", "fünf")
+
+
+@pytest.mark.parametrize("times_dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("units_dtype", ["u2", "i4", "i8", "u8"])
+def test_any_stored_number_type_is_read(tmp_path, in_process, times_dtype, units_dtype):
+    path = write_layout(
+        tmp_path / "a.h5", times_dtype=times_dtype, units_dtype=units_dtype, labels_dtype=">i8"
+    )
+    store = read_events(path, use_cache=False)
+    expected = np.array([0.1, 0.2, 0.3, 0.05], times_dtype).astype(np.float32)
+    np.testing.assert_array_equal(store.times, expected)
+    np.testing.assert_array_equal(store.units, [5, 699, 0, 7])
+
+
+def test_unsorted_times_are_sorted_with_their_units(tmp_path, in_process):
+    path = write_layout(
+        tmp_path / "a.h5",
+        times=[[0.3, 0.1, 0.2, 0.1], [0.5, 0.6], [0.0]],
+        units=[[3, 1, 2, 11], [5, 6], [0]],
+    )
+    store = read_events(path)
+    np.testing.assert_array_equal(store.units, [1, 11, 2, 3, 5, 6, 0])
+    assert not len(unsorted_samples(store.times, store.offsets))
+
+
+def test_a_file_without_any_event_is_legal(tmp_path, in_process):
+    store = read_events(
+        write_layout(tmp_path / "a.h5", times=[[], []], units=[[], []], labels=[0, 0])
+    )
+    assert len(store) == 2 and len(store.times) == 0
+    assert "0 events a sample" in store.summary()
+
+
+def test_samples_that_were_never_written_are_empty(tmp_path, in_process):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, dtype in (("times", np.float16), ("units", np.uint16)):
+            data = file.create_dataset(f"spikes/{name}", (3,), h5py.vlen_dtype(dtype))
+            data[1] = np.array([1, 2], dtype)
+        file["labels"] = np.zeros(3, int)
+    np.testing.assert_array_equal(read_events(tmp_path / "a.h5").offsets, [0, 0, 2, 2])
+
+
+def test_a_class_without_samples_is_legal_with_a_warning(tmp_path, in_process):
+    path = write_layout(tmp_path / "a.h5", labels=[0, 2, 2], keys=[b"a", b"b", b"c", b"d"])
+    for _ in range(2):  # parsed, and from the cache
+        with pytest.warns(UserWarning, match="a.h5: 2 classes have no sample: b, d"):
+            assert read_events(path).class_names == ("a", "b", "c", "d")
+
+
+def test_without_names_classes_are_numbered_up_to_the_largest_label(tmp_path, in_process):
+    with pytest.warns(UserWarning, match="no sample: 1, 2"):
+        store = read_events(write_layout(tmp_path / "a.h5", labels=[0, 3, 3]))
+    assert store.class_names == ("0", "1", "2", "3")
+
+
+def test_speakers_named_by_strings_are_numbered(tmp_path, in_process):
+    path = write_layout(tmp_path / "a.h5", speaker=[b"zoe", b"adam", b"zoe"])
+    np.testing.assert_array_equal(read_events(path).speakers, [1, 0, 1])
+
+
+# errors: one line that names the file, what was expected and what came
+
+BAD = {
+    "no spikes": (dict(times=None, units=None), "expected a dataset spikes/times, got a file with"),
+    "no units": (dict(units=None), "expected a dataset spikes/units"),
+    "no labels": (dict(labels=None), "expected a dataset labels"),
+    "another byte order": (dict(times_dtype=">f4"), "times: expected this machine's byte order"),
+    "no samples": (dict(times=[], units=[], labels=[]), "at least one sample, got none"),
+    "whole-number times": (dict(times_dtype="i4"), "spikes/times: expected floating-.*, got int32"),
+    "fractional units": (dict(units_dtype="f4"), "spikes/units: expected whole num.*, got float32"),
+    "fractional labels": (dict(labels_dtype="f4"), "labels: expected whole numbers, got float32"),
+    "labels of words": (dict(labels=[b"a"] * 3, labels_dtype="S1"), "labels: expected whole"),
+    "two labels a sample": (dict(labels=[[0, 1]] * 3), r"labels: .* got shape \(3, 2\)"),
+    "a label too many": (dict(labels=[0] * 4), r"spikes/times: expected 4 samples.*\(3,\)"),
+    "a row too few": (dict(units=UNITS[:2]), r"spikes/units: expected 3 samples.*\(2,\)"),
+    "rows of other lengths": (
+        dict(units=[[1, 2, 3], [7, 7], []]),
+        "sample 1 has 2 units and 1 times",
+    ),
+    "a unit too high": (dict(units=[[5, 700, 0], [7], []]), r"spikes/units: expected 0\.\.699"),
+    "a unit below 0": (dict(units=[[5, -1, 0], [7], []], units_dtype="i2"), r"units.*got -1\.\."),
+    "a huge unit": (dict(units=[[2**40, 1, 0], [7], []], units_dtype="i8"), "units.*1099511627776"),
+    "a label below 0": (dict(labels=[0, -1, 1], labels_dtype="i4"), r"labels: .*got -1\.\.1"),
+    "a label without a name": (dict(keys=[b"a"]), r"labels: expected 0\.\.0, got 0\.\.1"),
+    "a huge label": (dict(labels=[0, 1, 2**40], labels_dtype="i8"), r"labels: expected 0\.\.65535"),
+    "a negative time": (dict(times=[[-0.1, 0.2, 0.3], [0], []]), "spikes/times: .* seconds, got -"),
+    "a time that is no number": (dict(times=[[0.1, np.nan, 0.3], [0], []]), "times: .*nan"),
+    "an infinite time": (dict(times=[[0.1, np.inf, 0.3], [0], []]), "times: .*inf"),
+    "times in ms": (dict(times=[[100, 250, 1300], [0], []]), r"expected 0\.\.600.0 seconds.*1300"),
+    "speakers of other samples": (dict(speaker=[1, 2]), r"extra/speaker: expected 3 samples"),
+    "names in a table": (dict(keys=[[b"a", b"b"]]), "extra/keys: expected one name a class"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path, in_process, case):
+    contents, expected = BAD[case]
+    path = write_layout(tmp_path / "bad.h5", **contents)
+    with pytest.raises(ValueError, match=expected) as caught:
+        read_events(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["bad.h5"]
+
+
+def test_a_table_of_equal_rows_and_a_group_are_not_the_layout(tmp_path, in_process):
+    with h5py.File(tmp_path / "dense.h5", "w") as file:
+        file["spikes/times"] = np.zeros((3, 5))
+        file["spikes/units"] = np.zeros((3, 5), int)
+        file["labels"] = np.zeros(3, int)
+    with pytest.raises(ValueError, match="spikes/times: expected a variable length per sample"):
+        read_events(tmp_path / "dense.h5")
+    with h5py.File(tmp_path / "group.h5", "w") as file:
+        file["labels/x"] = 1
+    with pytest.raises(ValueError, match="labels: expected a dataset, got a group"):
+        read_events(tmp_path / "group.h5")
+
+
+def test_what_is_no_hdf5_file_is_refused(tmp_path):
+    (tmp_path / "text.h5").write_text("label,time,unit\n")
+    with pytest.raises(ValueError, match="text.h5: expected an HDF5 file, got .*label"):
+        read_events(tmp_path / "text.h5")
+    (tmp_path / "empty.h5").touch()
+    with pytest.raises(ValueError, match="empty.h5: expected an HDF5 file"):
+        read_events(tmp_path / "empty.h5")
+    with pytest.raises(FileNotFoundError, match="none.h5: .*found nothing there"):
+        read_events(tmp_path / "none.h5")
+    with pytest.raises(FileNotFoundError, match="found a folder"):
+        read_events(tmp_path)
+    with pytest.raises(ValueError, match="num_channels: expected 1..65536, got 0"):
+        read_events(tmp_path / "text.h5", num_channels=0)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, share):
+    write_events(tmp_path / "a.h5", make_store(200))
+    whole = (tmp_path / "a.h5").read_bytes()
+    (tmp_path / "a.h5").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match="a.h5: expected a readable HDF5 file, got: .*truncated"):
+        read_events(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_damaged_file_is_refused_or_read_within_its_promises(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(hdf5, "READ_SECONDS", 5.0)
+    path = tmp_path / "a.h5"
+    write_layout(path, speaker=[1, 2, 3], keys=[b"a", b"b"])
+    damaged = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    for at in rng.integers(8, len(damaged), 10):
+        damaged[at] = rng.integers(256)
+    path.write_bytes(damaged)
+    try:
+        store = read_events(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: expected") or ": expected" in str(error)
+        assert "\n" not in str(error)
+    else:
+        store.validate("damaged")
+
+
+READERS = {
+    "crashes": ("import os; os.kill(os.getpid(), 11)", r"the HDF5 library failed on it \(exit -11"),
+    "never ends": ("import time; time.sleep(60)", "expected to be read within 1 s"),
+    "dies in the middle": (
+        """print('{"arrays": [["times", "<f4", 1000]], "names": null}\\nxx', flush=True); 1 / 0""",
+        r"failed on it \(exit 1: ZeroDivisionError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_a_library_that_fails_is_survived(tmp_path, monkeypatch, case):
+    program, expected = READERS[case]
+    (tmp_path / "reader.py").write_text(program)
+    monkeypatch.setattr(hdf5_reader, "__file__", str(tmp_path / "reader.py"))
+    monkeypatch.setattr(hdf5, "READ_SECONDS", 0.7)
+    path = write_layout(tmp_path / "a.h5")
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=f"a.h5: .*{expected}"):
+        read_events(path)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold to RLIMIT_AS")
+def test_a_file_that_asks_for_much_memory_is_refused(tmp_path):
+    path = write_layout(tmp_path / "a.h5")
+    with h5py.File(path, "a") as file:
+        # 80 GB of labels that take no place in the file
+        del file["labels"]
+        file.create_dataset("labels", (10**10,), np.int64, chunks=(1000,))
+        for name, dtype in (("times", np.float16), ("units", np.uint16)):
+            del file[f"spikes/{name}"]
+            file["spikes"].create_dataset(name, (10**10,), h5py.vlen_dtype(dtype), chunks=(1000,))
+    with pytest.raises(ValueError, match="a.h5: expected a readable HDF5 file, got: .*alloc"):
+        read_events(path)
+
+
+# the cache
+
+
+@pytest.fixture
+def count_parses(monkeypatch, in_process):
+    parses, parse = [], hdf5._parse
+    monkeypatch.setattr(hdf5, "_parse", lambda *a: parses.append(a[0].name) or parse(*a))
+    return parses
+
+
+def caches(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name.endswith(".cache.npz"))
+
+
+@pytest.mark.parametrize("times_dtype", [np.float16, np.float32])
+def test_the_second_read_comes_from_the_cache_and_is_the_same(tmp_path, count_parses, times_dtype):
+    path = tmp_path / "a.h5"
+    write_events(path, make_store(), times_dtype)
+    first, second = read_events(path), read_events(path)
+    assert_same(first, second)
+    assert count_parses == ["a.h5"]
+    (cache,) = caches(tmp_path)
+    assert cache.startswith("a.h5.") and sorted(os.listdir(tmp_path)) == sorted(["a.h5", cache])
+    assert np.load(tmp_path / cache)["times"].dtype == times_dtype
+
+
+@pytest.mark.parametrize("where", [0.02, 0.5, 0.999])
+def test_a_file_changed_behind_the_clock_is_parsed_again(tmp_path, count_parses, where):
+    path = tmp_path / "a.h5"
+    write_events(path, make_store(400, most=200))
+    read_events(path)
+    status = path.stat()
+    contents = bytearray(path.read_bytes())
+    contents[int(where * len(contents))] ^= 1
+    path.write_bytes(contents)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    try:
+        read_events(path)
+    except ValueError:
+        pass  # the byte mattered to the library
+    assert count_parses == ["a.h5", "a.h5"]
+
+
+def test_another_time_of_change_or_channel_count_is_another_cache(tmp_path, count_parses):
+    path = tmp_path / "a.h5"
+    write_events(path, make_store())
+    read_events(path)
+    os.utime(path, ns=(1, 1))
+    read_events(path)
+    assert read_events(path, num_channels=800).num_channels == 800
+    assert len(count_parses) == 3 and len(caches(tmp_path)) == 3
+
+
+DAMAGES = {
+    "cut": lambda b: b[: len(b) // 2],
+    "altered": lambda b: b[:2000] + bytes([b[2000] ^ 255]) + b[2001:],
+    "emptied": lambda b: b"",
+    "something else": lambda b: b"\x80\x04K\x01.",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path, count_parses, case):
+    path = tmp_path / "a.h5"
+    store = make_store(200)
+    write_events(path, store)
+    read_events(path)
+    cache = tmp_path / caches(tmp_path)[0]
+    good = cache.read_bytes()
+    cache.write_bytes(DAMAGES[case](good))
+    with pytest.warns(UserWarning, match=f"{cache.name}: damaged cache, made anew"):
+        assert_same(read_events(path), store)
+    assert len(count_parses) == 2
+    read_events(path)
+    assert len(count_parses) == 2
+
+
+def test_a_cache_that_breaks_a_promise_is_not_believed(tmp_path, count_parses):
+    path = tmp_path / "a.h5"
+    store = make_store()
+    write_events(path, store)
+    read_events(path)
+    cache = tmp_path / caches(tmp_path)[0]
+    arrays = dict(np.load(cache))
+    arrays["units"] = arrays["units"] + np.uint16(700)
+    np.savez(cache, **arrays)
+    with pytest.warns(UserWarning, match="units: expected 0..699"):
+        assert_same(read_events(path), store)
+
+
+def test_cache_dir_is_made_and_used(tmp_path, count_parses):
+    path = tmp_path / "a.h5"
+    write_events(path, make_store())
+    for _ in range(2):
+        read_events(path, cache_dir=tmp_path / "deep" / "down")
+    assert len(count_parses) == 1
+    assert caches(tmp_path) == [] and len(caches(tmp_path / "deep" / "down")) == 1
+
+
+def test_where_no_cache_can_be_written_a_warning_says_so(tmp_path, in_process):
+    path = tmp_path / "a.h5"
+    store = make_store()
+    write_events(path, store)
+    with pytest.warns(UserWarning, match="no cache of a.h5 could be written .File exists"):
+        assert_same(read_events(path, cache_dir=path), store)
+
+
+def test_a_full_disk_leaves_no_cache_and_a_warning(tmp_path, in_process, monkeypatch):
+    def savez(file, **arrays):
+        file.write(b"half of")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    path = tmp_path / "a.h5"
+    store = make_store()
+    write_events(path, store)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert_same(read_events(path), store)
+    assert os.listdir(tmp_path) == ["a.h5"]
+
+
+def test_without_use_cache_none_is_read_or_written(tmp_path, count_parses):
+    path = tmp_path / "a.h5"
+    write_events(path, make_store())
+    for _ in range(2):
+        read_events(path, use_cache=False)
+    assert len(count_parses) == 2 and os.listdir(tmp_path) == ["a.h5"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, in_process, monkeypatch):
+    path = tmp_path / "a.h5"
+    store = make_store()
+    write_events(path, store)
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError):
+        write_events(path, make_store(seed=1))
+    assert os.listdir(tmp_path) == ["a.h5"]
+    assert_same(read_events(path, use_cache=False), store)
+
+
+# the store
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("times", np.zeros(3), r"times: expected float32 \[3\], got float64"),
+        ("units", np.zeros(2, np.uint16), r"units: expected uint16 \[[0-9]+\], got uint16 \[2\]"),
+        ("labels", np.array([0, 1]), "offsets: expected int64"),
+        ("labels", np.full(12, 3), r"labels: expected 0\.\.2, got 3\.\.3"),
+        ("offsets", np.arange(13) * 7, "offsets: expected to rise from 0"),
+        ("speakers", np.zeros(11, np.int32), "speakers: expected"),
+        ("num_channels", 10, r"units: expected 0\.\.9"),
+    ],
+)
+def test_validate_names_what_is_wrong(field, value, expected):
+    with pytest.raises(ValueError, match=f"^mine: {expected}"):
+        dataclasses.replace(make_store(), **{field: value}).validate("mine")
+
+
+def test_validate_sees_unsorted_times_but_not_between_samples():
+    store = make_store()
+    assert store.validate("mine") is store
+    first = store.times.copy()
+    k = int(np.argmax(np.diff(store.offsets)))
+    first[store.offsets[k]] = 1.3
+    with pytest.raises(ValueError, match=f"times: expected sorted, sample {k} is not"):
+        dataclasses.replace(store, times=first).validate("mine")
+
+
+def test_unsorted_samples_are_found_across_blocks(monkeypatch):
+    monkeypatch.setattr("gpn_triton.data.events._BLOCK", 4)
+    times = np.array([0, 1, 2, 3, 2, 5, 0, 1, 2, 3, 4, 5, 0, 9, 8], np.float32)
+    np.testing.assert_array_equal(unsorted_samples(times, np.array([0, 6, 6, 12, 15])), [0, 3])
+
+
+def test_a_subset_holds_the_chosen_samples_in_order():
+    store = make_store()
+    some = store.subset([7, 1, 0, 7]).validate("subset")
+    for place, k in enumerate((7, 1, 0, 7)):
+        own, new = (slice(s.offsets[i], s.offsets[i + 1]) for s, i in ((store, k), (some, place)))
+        np.testing.assert_array_equal(some.times[new], store.times[own])
+        np.testing.assert_array_equal(some.units[new], store.units[own])
+        assert some.labels[place] == store.labels[k] and some.speakers[place] == store.speakers[k]
+    assert len(store.subset([])) == 0
+
+
+def test_the_fingerprint_changes_with_every_field():
+    store = make_store()
+    swapped = store.units.copy()
+    swapped[-1] ^= 1
+    others = [
+        dataclasses.replace(store, **{name: value})
+        for name, value in (
+            ("units", swapped),
+            ("times", store.times + np.float32(1e-3)),
+            ("labels", store.labels[::-1].copy()),
+            ("speakers", None),
+            ("num_channels", 701),
+            ("class_names", ("a", "b", "c")),
+        )
+    ]
+    prints = {s.fingerprint() for s in (store, *others)}
+    assert len(prints) == 7 and make_store().fingerprint() == store.fingerprint()
