@@ -23,6 +23,8 @@ from bench.counts import floor_seconds
 from bench.subjects import Wrong
 from gpn_triton.train import provenance
 
+_contests = pytest.StashKey[dict[str, "Contest"]]()
+_left_out = pytest.StashKey[list[dict[str, str]]]()
 _now = 0.0
 
 
@@ -50,6 +52,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Show the columns that mean something for rounds taken in turns, the fastest first."""
+    config.stash[_contests], config.stash[_left_out] = {}, []
     given = " ".join(map(str, config.invocation_params.args))
     if "--benchmark-columns" not in given and hasattr(config.option, "benchmark_columns"):
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
@@ -151,9 +154,10 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def ceilings(device) -> measure.Ceilings:
-    """What the device can do at best."""
-    return measure.ceilings(device)
+def ceilings(request, device) -> measure.Ceilings:
+    """What the device can do at best; not worth a second where shapes are tiny."""
+    tiny = request.config.getoption("--size") == "tiny"
+    return measure.ceilings(device, **({"n": 128} if tiny else {}))
 
 
 @pytest.fixture(scope="session")
@@ -167,9 +171,6 @@ def header(device) -> dict[str, Any]:
     }
 
 
-_contests: dict[str, Contest] = {}
-
-
 @pytest.fixture
 def contest(request, benchmark, device, ceilings, header):
     """A function run(prepare, case, subject, **info) that measures and records one subject.
@@ -179,10 +180,10 @@ def contest(request, benchmark, device, ceilings, header):
 
     def run(prepare: Callable[[str], Any], case: Case, subject: str, **info: Any) -> None:
         global _now
-        group = _group(request.node)
+        group, contests = _group(request.node), request.config.stash[_contests]
         options = request.config.option
-        if group not in _contests:
-            _contests.clear()
+        if group not in contests:
+            contests.clear()
             gc.collect()
             rivals = [
                 item.callspec.params["subject"]
@@ -190,8 +191,8 @@ def contest(request, benchmark, device, ceilings, header):
                 if item.path == request.node.path and _group(item) == group
             ]
             rounds = 1 if benchmark.disabled else options.rounds
-            _contests[group] = Contest(prepare, rivals, device, rounds, options.case_seconds)
-        entered = _contests[group]
+            contests[group] = Contest(prepare, rivals, device, rounds, options.case_seconds)
+        entered = contests[group]
         if subject in entered.failed:
             error = entered.failed[subject]
             if isinstance(error, Wrong):
@@ -250,16 +251,13 @@ def _ratio(times: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=False))
 
 
-_left_out: list[dict[str, str]] = []
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.when == "call" and report.outcome != "passed":
         reason = report.longrepr[2] if report.skipped else str(report.longrepr).splitlines()[-1]
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        _left_out.append(
+        item.config.stash[_left_out].append(
             {
                 "group": _group(item),
                 "subject": params.get("subject", item.name),
@@ -271,7 +269,7 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Name what did not run, and why, in the record; drop what only says who ran it."""
-    output_json["left_out"] = _left_out
+    output_json["left_out"] = config.stash[_left_out]
     output_json["machine_info"].pop("node", None)
     for record in output_json["benchmarks"]:
         record["params"] = {k: record["extra_info"].get(k) for k in ("case", "subject")}

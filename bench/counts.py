@@ -137,13 +137,3 @@ class Ceilings:
 def floor_seconds(count: Count, ceilings: Ceilings) -> float:
     """The least time the work can take: the larger of arithmetic and traffic."""
     return max(count.flops / ceilings.flops_per_s, count.bytes / ceilings.bytes_per_s)
-
-
-# what the CPU path executes for one sample, step and neuron, counted by tests/test_counts.py: see
-# there. multiplications of one [N] row by an [N, N] matrix:
-TORCH_PRODUCTS = {
-    # weight_x x and weight_v v, 4 gates each
-    "forward": 8,
-    # both once more, theta's part and the serial part of g_v, both weights' gradients, g_x
-    "backward": 8 + 1 + 3 + 8 + 4,
-}

@@ -203,19 +203,23 @@ def held_bytes(call: Call) -> tuple[int, int]:
     return whole, sum(held.values())
 
 
-def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> Ceilings:
+def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
     """What the device can do at best.
 
     A GPU that is listed has stated figures, taken on such a card with bfloat16; any other device is
-    measured now: the best of several matrix products and copies.
+    measured now: the best of several matrix products (bfloat16 on a GPU, else float32) and copies.
+
+    Args:
+        n: side of the matrices; default: 8192 on a GPU, else 1024.
     """
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         name = torch.cuda.get_device_name(device)
         for key, (flops, bandwidth) in STATED.items():
             if key in name:
                 return Ceilings(flops, bandwidth, f"stated: measured on an {key}, bfloat16")
-        dtype = torch.bfloat16
-    n = 8192 if device.type == "cuda" else 1024
+    n = n or (8192 if cuda else 1024)
+    dtype = torch.bfloat16 if cuda else torch.float32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.randn(n, 16 * n, device=device)
     target = torch.empty_like(source)
@@ -228,7 +232,8 @@ def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> Ceilin
         for _ in range(12):
             timed(call, device, times)
         rates.append(work / min(times.wall))
-    return Ceilings(*rates, f"measured at the start: {n}^3 product in {dtype}, copy".strip())
+    name = str(dtype).removeprefix("torch.")
+    return Ceilings(*rates, f"measured at the start: {n}^3 product in {name}, {16 * n}x{n} copy")
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

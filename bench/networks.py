@@ -28,6 +28,7 @@ from gpn_triton.train import Engine
 # about as many as a sample of SHD or SSC has
 EVENTS = 4000
 SECONDS = 1.0
+GAIN = 5.0
 SUBJECTS = ("gpn", "gpn-torch", "gpn-every-10", "loop", "lif", "lstm", "gru")
 AMP = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}
 
@@ -75,6 +76,11 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
         case.hidden, kind, case.inputs, case.classes, cfg.dropout,
         backend=cfg.backend, checkpoint_every=cfg.checkpoint_every,
     )  # fmt: skip
+    if kind in ("gpn", "lif"):
+        # as drawn the neurons hardly spike; trained ones do, and the check should see spikes
+        with torch.no_grad():
+            for linear in model.inputs:
+                linear.weight *= GAIN
     if subject == "loop":
         for k, layer in enumerate(model.neurons):
             model.neurons[k] = LoopGPN(layer)

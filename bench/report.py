@@ -1,0 +1,361 @@
+"""Tables and plots from benchmark records, and what changed between two of them.
+
+python -m bench.report bench/results
+python -m bench.report --compare old.json new.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+# a change counts where quartiles do not overlap and medians are further apart than this
+THRESHOLD = 0.05
+# memory does not depend on the machine's mood
+MEMORY_THRESHOLD = 0.01
+PLOTS = ("time against T", "time against N", "time against B", "memory against T", "roofline")
+Record = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a record file of `pytest bench/ --benchmark-only --benchmark-json=FILE`.
+
+    Args:
+        path: the file.
+    Returns:
+        The file's contents; each benchmark's `extra_info` additionally holds `group` and `rounds`.
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is not such a record.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; write it with --benchmark-json={path}")
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        for benchmark in contents["benchmarks"]:
+            benchmark["extra_info"]["group"] = benchmark["group"]
+            benchmark["extra_info"]["rounds"] = benchmark["stats"]["rounds"]
+            benchmark["extra_info"]["median_ms"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a record of these benchmarks: {error!r}") from None
+    return contents
+
+
+def records(contents: dict[str, Any]) -> list[Record]:
+    """The benchmarks of a record file, as flat dictionaries."""
+    return [benchmark["extra_info"] for benchmark in contents["benchmarks"]]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits, or a dash."""
+    if value is None:
+        return "–"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits - 1}e}"
+    magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{max(0, digits - magnitude)}f}"
+
+
+def _mib(value: float | None) -> str:
+    return _number(None if value is None else value / MIB)
+
+
+def table(group: list[Record]) -> str:
+    """A Markdown table of the subjects of one case, the fastest first."""
+    device = any(r["device_median_ms"] is not None for r in group)
+    columns = {
+        "subject": lambda r: r["subject"],
+        "median ms": lambda r: _number(r["median_ms"]),
+        "quartiles ms": lambda r: f"{_number(r['low_ms'])}–{_number(r['high_ms'])}",
+        "device ms": (lambda r: _number(r["device_median_ms"])) if device else None,
+        "x ours": lambda r: _number(r["time_ratio"]),
+        "peak MiB": lambda r: _mib(r["peak_bytes"]),
+        "held MiB": lambda r: _mib(r["held_bytes"]),
+        "beyond MiB": lambda r: _mib(r["held_beyond_bytes"]),
+        "GFLOP": lambda r: _number(r["flops"] / 1e9),
+        "floor ms": lambda r: _number(r["floor_ms"]),
+        "% of floor": lambda r: _number(100 * r["fraction_of_floor"]),
+        "spikes a step": lambda r: _number(r.get("spikes_a_step")),
+        "samples/s": lambda r: _number(1e3 * r["samples"] / r["median_ms"], 4),
+        "rounds": lambda r: str(r["rounds"]),
+    }
+    if "samples" not in group[0]:
+        columns["samples/s"] = None
+    if all(r["held_bytes"] is None for r in group):
+        columns["held MiB"] = columns["beyond MiB"] = None
+    if all(r.get("spikes_a_step") is None for r in group):
+        columns["spikes a step"] = None
+    shown = {name: value for name, value in columns.items() if value}
+    lines = [" | ".join(shown), " | ".join(["---"] + ["---:"] * (len(shown) - 1))]
+    for record in sorted(group, key=lambda r: r["median_ms"]):
+        lines.append(" | ".join(value(record) for value in shown.values()))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _shape(r: Record) -> str:
+    """The sizes of a record in words."""
+    hidden = "-".join(map(str, r["hidden"]))
+    layers = f", N {hidden}" if hidden else ""
+    return f"T {r['T']}, B {r['B']}{layers}, {r['inputs']} inputs, {r['dtype']}" + (
+        f"; scaled down from T {r['full'][0]}, B {r['full'][1]}"
+        + (f", N {'-'.join(map(str, r['full'][2]))}" if r["full"][2] else "")
+        if r["scaled"]
+        else ""
+    )
+
+
+def _by_group(found: Iterable[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in found:
+        groups.setdefault(record["group"], []).append(record)
+    # the whole layer first: on a CPU it is the headline
+    return dict(sorted(groups.items(), key=lambda item: not item[0].startswith("layer: shd")))
+
+
+def section(path: Path, contents: dict[str, Any], plots: dict[str, Path]) -> str:
+    """The Markdown section of one record file."""
+    found = records(contents)
+    if not found:
+        return f"## {path.stem}\n\nNothing ran.\n"
+    first = found[0]
+    versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v)
+    rate = first["ceilings"]
+    lines = [
+        f"## {path.stem}",
+        "",
+        f"{first['device']}, {first['threads']} threads; {versions}; commit {first['commit']}; "
+        f"{contents['datetime'][:16]}.",
+        f"Ceilings: {rate['flops_per_s'] / 1e12:.3g} TFLOP/s, {rate['bytes_per_s'] / 1e9:.4g} GB/s "
+        f"({rate['source']}).",
+        "",
+    ]
+    for name, group in _by_group(found).items():
+        lines += [f"### {name}", "", _shape(group[0]) + ".", "", table(group), ""]
+    for name, plot in plots.items():
+        lines += [f"![{name}]({plot.name})", ""]
+    reasons: dict[tuple[str, str, str], int] = {}
+    for left in contents.get("left_out", []):
+        key = (left["subject"], left["outcome"], left["reason"])
+        reasons[key] = reasons.get(key, 0) + 1
+    if reasons:
+        lines += ["### Left out", "", "| subject | why | cases |", "| --- | --- | ---: |"]
+        for (subject, outcome, reason), n in sorted(reasons.items()):
+            why = reason if outcome == "skipped" else f"**{outcome}**: {reason}"
+            lines.append(f"| {subject} | {why.replace('|', '/')} | {n} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(path: Path, found: list[Record]) -> dict[str, Path]:
+    """Draw a record's plots beside it; returns name -> file of those that have points.
+
+    Raises:
+        ModuleNotFoundError: matplotlib, an extra (`plot`), is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = {}
+    for name in PLOTS:
+        lines = _lines(name, found)
+        if not lines:
+            continue
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for subject, points in sorted(lines.items()):
+            style = "o-" if name != "roofline" else "o"
+            width = 2.2 if subject.startswith("gpn") else 1.2
+            axes.plot(*zip(*sorted(points), strict=True), style, label=subject, linewidth=width)
+        if name == "roofline":
+            _draw_roof(axes, found, lines)
+        else:
+            axes.set_xlabel({"T": "time bins T", "N": "neurons N", "B": "batch B"}[name[-1]])
+            axes.set_ylabel("peak MiB" if name.startswith("memory") else "median ms")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.grid(True, which="major", linewidth=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+        scaled = ", scaled-down shapes" if any(r["scaled"] for r in found) else ""
+        axes.set_title(f"{name}: {found[0]['device']}{scaled}", fontsize=9)
+        drawn[name] = path.with_name(f"{path.stem}-{name.replace(' ', '-')}.png")
+        figure.savefig(drawn[name], dpi=110)
+    return drawn
+
+
+def _lines(name: str, found: list[Record]) -> dict[str, list[tuple[float, float]]]:
+    """Points of one plot by subject; forward and backward, in the record's first dtype."""
+    dtype = found[0]["dtype"]
+    chosen = [r for r in found if r["mode"] == "forward+backward" and r["dtype"] == dtype]
+    if name == "roofline":
+        chosen = [r for r in chosen if r["flops"]]
+        x, y = (lambda r: r["flops"] / r["bytes"]), (lambda r: r["flops"] / r["median_ms"] / 1e6)
+    else:
+        what, axis = name.split(" against ")
+        kind = "long_sequence" if axis == "T" else "recurrence"
+        chosen = [r for r in chosen if r["kind"] == kind and (axis == "T" or r["case"][0] == axis)]
+        x = {"T": lambda r: r["T"], "N": lambda r: r["hidden"][0], "B": lambda r: r["B"]}[axis]
+        y = (lambda r: r["peak_bytes"] / MIB) if what == "memory" else (lambda r: r["median_ms"])
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for r in chosen:
+        lines.setdefault(r["subject"], []).append((x(r), y(r)))
+    return lines
+
+
+def _draw_roof(axes, found: list[Record], lines: dict[str, list[tuple[float, float]]]) -> None:
+    """The ceilings over the points."""
+    rate = found[0]["ceilings"]
+    xs = [x for points in lines.values() for x, _ in points]
+    low, high = min(xs) / 4, max(xs) * 4
+    ridge = rate["flops_per_s"] / rate["bytes_per_s"]
+    at = sorted({low, min(max(ridge, low), high), high})
+    roof = [min(rate["flops_per_s"], x * rate["bytes_per_s"]) / 1e9 for x in at]
+    axes.plot(at, roof, color="0.4", linewidth=1, label="ceilings")
+    axes.set_xlabel("operations a byte, counted")
+    axes.set_ylabel("GFLOP/s")
+
+
+def render(folder: Path) -> Path:
+    """Write README.md and plots from every record file in a folder.
+
+    Args:
+        folder: holds the JSON records, and gets the pages.
+    Returns:
+        The page.
+    Raises:
+        FileNotFoundError: no record there.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder}: no record; write one: "
+            f"pytest bench/ --benchmark-only --benchmark-json={folder}/cpu.json"
+        )
+    parts = [
+        "# Benchmark results",
+        "",
+        "Rendered from the JSON files beside this page by `python -m bench.report "
+        "bench/results`; what the columns mean and how each was taken: "
+        "[../README.md](../README.md).",
+        "",
+    ]
+    for path in paths:
+        contents = read(path)
+        found = records(contents)
+        parts.append(section(path, contents, draw(path, found) if found else {}))
+    page = folder / "README.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page
+
+
+def _key(r: Record) -> tuple:
+    return (
+        *(r[k] for k in ("group", "subject", "T", "B", "inputs", "dtype")),
+        tuple(r["hidden"]),
+    )
+
+
+def compare(
+    old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHOLD
+) -> tuple[list[str], list[str]]:
+    """What changed from one record to another.
+
+    A time has changed if the medians are further apart than the threshold and the quartiles do not
+    overlap; memory, if it differs by more than MEMORY_THRESHOLD. Only what this project computes
+    (subjects gpn-...) can regress; a competitor that moved says that the machine did.
+
+    Args:
+        old, new: as `read` returns them. threshold: share of the old median.
+    Returns:
+        Lines to print, and those of them that are regressions.
+    Raises:
+        ValueError: the records are of different devices, or have nothing in common.
+    """
+    before = {_key(r): r for r in records(old)}
+    after = {_key(r): r for r in records(new)}
+    devices = {(r["device"], r["threads"]) for r in (*before.values(), *after.values())}
+    if len(devices) > 1:
+        raise ValueError(f"records of different devices: {sorted(devices)}")
+    if not before.keys() & after.keys():
+        raise ValueError("the records have no benchmark in common")
+    lines, regressions = [], []
+    for key, was in before.items():
+        name = f"{was['group']}: {was['subject']}"
+        ours = was["subject"].startswith("gpn")
+        if key not in after:
+            lines.append(f"gone        {name}")
+            failed = [
+                left["reason"]
+                for left in new.get("left_out", [])
+                if (left["group"], left["subject"], left["outcome"])
+                == (was["group"], was["subject"], "failed")
+            ]
+            if failed and ours:
+                regressions.append(f"failed      {name}: {failed[0]}")
+            continue
+        now = after[key]
+        ratio = now["median_ms"] / was["median_ms"]
+        slower = ratio > 1 + threshold and now["low_ms"] > was["high_ms"]
+        faster = ratio < 1 - threshold and now["high_ms"] < was["low_ms"]
+        if slower or faster:
+            line = (
+                f"{'slower' if slower else 'faster':11} {name}: {_number(was['median_ms'])} -> "
+                f"{_number(now['median_ms'])} ms (x {ratio:.2f})"
+            )
+            lines.append(line)
+            if slower and ours:
+                regressions.append(line)
+        for field in ("peak_bytes", "held_bytes"):
+            if was[field] and now[field] and abs(now[field] / was[field] - 1) > MEMORY_THRESHOLD:
+                more = now[field] > was[field]
+                line = (
+                    f"{'more memory' if more else 'less memory'} {name}: {field} "
+                    f"{_mib(was[field])} -> {_mib(now[field])} MiB"
+                )
+                lines.append(line)
+                if more and ours:
+                    regressions.append(line)
+    return lines, regressions
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 on a regression, 2 on a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report",
+        description="Render benchmark records (JSON of pytest-benchmark) into DIR/README.md with "
+        "plots, or compare two of them.",
+        epilog="exit status of --compare: 0 no regression of this project's own subjects, 1 a "
+        "regression beyond the spread or more memory, 2 nothing to compare",
+    )
+    parser.add_argument("dir", nargs="?", type=Path, metavar="DIR", help="holds the records")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD.json", "NEW.json"), help="two records"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, metavar="SHARE",
+        help=f"least change of a median that counts (default: {THRESHOLD})",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    if (options.dir is None) == (options.compare is None):
+        parser.error("expected either DIR or --compare OLD.json NEW.json")
+    try:
+        if options.dir is not None:
+            print(f"wrote {render(options.dir)}")
+            return 0
+        lines, regressions = compare(*map(read, options.compare), options.threshold)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines) or "no change beyond the spread")
+    if regressions:
+        print(f"\n{len(regressions)} regressions:\n" + "\n".join(regressions))
+    return 1 if regressions else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
