@@ -274,7 +274,14 @@ def train(cfg: TrainConfig, seed: int, run: Path, splits: Splits, device: torch.
     train_events = DeviceEvents(splits.train, device)
     valid_events = DeviceEvents(splits.valid, device)
     fingerprint = f"{splits.train.fingerprint()}-{splits.valid.fingerprint()}"
-    progress = {"epoch": 0, "step": 0, "best_accuracy": -1.0, "best_epoch": 0, "seconds": 0.0}
+    progress = {
+        "epoch": 0,
+        "step": 0,
+        "best_accuracy": -1.0,
+        "best_loss": 0.0,
+        "best_epoch": 0,
+        "seconds": 0.0,
+    }
     totals = torch.zeros(3 + len(cfg.hidden), dtype=torch.float64, device=device)
     epochs: list[dict[str, Any]] = []
 
@@ -349,9 +356,12 @@ def train(cfg: TrainConfig, seed: int, run: Path, splits: Splits, device: torch.
                 "samples_per_second": len(order) / seconds,
             }
             epochs.append(line)
-            if valid["accuracy"] > progress["best_accuracy"]:
+            # of equal accuracies, the lower loss
+            best = (progress["best_accuracy"], -progress["best_loss"])
+            if (valid["accuracy"], -valid["loss"]) > best:
                 checkpoint.save_weights(run / "best.safetensors", model)
-                progress |= {"best_accuracy": valid["accuracy"], "best_epoch": epoch + 1}
+                progress |= {f"best_{key}": valid[key] for key in ("accuracy", "loss")}
+                progress |= {"best_epoch": epoch + 1}
             progress |= {"epoch": epoch + 1, "step": 0, "seconds": 0.0}
             totals.zero_()
             with metrics.open("a") as file:
@@ -455,30 +465,35 @@ def evaluate_run(cfg: TrainConfig, runs: list[Path], splits: Splits, device: tor
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
-        cfg = config.parse(argv)
-        device = choose_device(cfg.device)
-        if cfg.backend == "triton" and cfg.neuron.startswith("gpn"):
-            reason = ops.triton_unavailable(torch.empty(1, device=device))
-            if reason:
-                raise ValueError(f"backend: triton cannot run: {reason}")
-        splits = load_data(cfg)
-        taken_up = cfg.eval_only or cfg.resume
-        run = Path(taken_up) if taken_up else make_run_folder(cfg)
-        runs = [run] if len(cfg.seed) == 1 else [run / f"seed-{seed}" for seed in cfg.seed]
-        print(f"{splits.description}\n{splits.train.summary()}")
-        if cfg.eval_only:
-            evaluate_run(cfg, runs, splits, device)
-            return 0
-        if not cfg.resume:
-            checkpoint.write_json(run / "config.json", cfg.to_dict())
+        return _main(config.parse(argv))
     except (ValueError, OSError) as error:
+        # a user's mistake or the machine's, named where it was found
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _main(cfg: TrainConfig) -> int:
+    device = choose_device(cfg.device)
+    if cfg.backend == "triton" and cfg.neuron.startswith("gpn"):
+        reason = ops.triton_unavailable(torch.empty(1, device=device))
+        if reason:
+            raise ValueError(f"backend: triton cannot run: {reason}")
+    splits = load_data(cfg)
+    taken_up = cfg.eval_only or cfg.resume
+    run = Path(taken_up) if taken_up else make_run_folder(cfg)
+    runs = [run] if len(cfg.seed) == 1 else [run / f"seed-{seed}" for seed in cfg.seed]
+    print(f"{splits.description}\n{splits.train.summary()}")
+    if cfg.eval_only:
+        evaluate_run(cfg, runs, splits, device)
+        return 0
+    if not cfg.resume:
+        checkpoint.write_json(run / "config.json", cfg.to_dict())
 
     results = []
     for seed, folder in zip(cfg.seed, runs, strict=True):
         folder.mkdir(exist_ok=True)
         if (folder / "result.json").exists():
+            print(f"{folder} is finished")
             results.append(json.loads((folder / "result.json").read_text()))
             continue
         if len(runs) > 1:

@@ -1,0 +1,258 @@
+"""The training command: what a run leaves, resuming bit for bit, and a line for a mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpn_triton import checkpoint, train
+from gpn_triton.config import TrainConfig
+from gpn_triton.data import DeviceEvents, EventStore, load_splits, write_events
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--hidden", "8", "--time-bins", "6", "--batch-size", "8", "--device", "cpu"]
+
+
+def store(samples, seed, classes=2):
+    """Samples whose class is the channel range that fires; 20 events each."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(samples) % classes
+    units = rng.integers(0, 100, (samples, 20)) + 200 * labels[:, None]
+    return EventStore(
+        times=np.sort(rng.random((samples, 20), dtype=np.float32), 1).ravel(),
+        units=units.astype(np.uint16).ravel(),
+        offsets=np.arange(samples + 1) * 20,
+        labels=labels,
+        speakers=(np.arange(samples) // classes % 4).astype(np.int32),
+        num_channels=700,
+        class_names=tuple(map(str, range(classes))),
+    )
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Flags for a small training and test file."""
+    flags = []
+    for part, samples in (("train", 48), ("test", 16)):
+        write_events(tmp_path / f"{part}.h5", store(samples, len(part)))
+        flags += [f"--{part}-file", str(tmp_path / f"{part}.h5")]
+    return [*flags, "--out", str(tmp_path / "runs")]
+
+
+def only_run(out):
+    (run,) = Path(out).iterdir()
+    return run
+
+
+def test_a_run_learns_and_leaves_its_files(files, capsys):
+    assert train.main([*files, *SMALL, "--epochs", "12", "--lr", "0.02", "--seed", "3"]) == 0
+    run = only_run(files[-1])
+    result = json.loads((run / "result.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert result["test_accuracy"] >= 0.9
+    assert result["valid_accuracy"] == max(line["valid_accuracy"] for line in lines[1:])
+    assert result["parameters"] == 700 * 8 + 8 + 2 * 32 * 8 + 32 + 8 * 2 + 2
+    assert result["epochs"] == 12 == len(lines) - 1 and result["seed"] == 3
+    assert result["samples_per_second"] > 0 and result["peak_memory_mib"] > 0
+    assert lines[0]["config"]["lr"] == 0.02 and lines[0]["versions"]["torch"] == torch.__version__
+    assert lines[-1]["train_loss"] < lines[1]["train_loss"]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert set(load_file(run / "best.safetensors")) >= {"neurons.0.weight_v", "output.weight"}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"test accuracy {100 * result['test_accuracy']:.2f} %  {run}"
+
+
+def test_the_test_file_is_read_after_the_last_epoch_only(files, monkeypatch):
+    read = []
+    evaluate = train.Engine.evaluate
+
+    def spy(self, events):
+        read.append(len(events))
+        return evaluate(self, events)
+
+    monkeypatch.setattr(train.Engine, "evaluate", spy)
+    assert train.main([*files, *SMALL, "--epochs", "3"]) == 0
+    assert read == [4, 4, 4, 16]
+
+
+def test_several_seeds_give_mean_and_deviation(files, capsys):
+    assert train.main([*files, *SMALL, "--epochs", "2", "--seed", "1", "2"]) == 0
+    run = only_run(files[-1])
+    summary = json.loads((run / "result.json").read_text())
+    accuracies = [r["test_accuracy"] for r in summary["results"]]
+    assert summary["seeds"] == [1, 2]
+    assert summary["test_accuracy"] == pytest.approx(np.mean(accuracies))
+    assert summary["test_accuracy_deviation"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert (run / "seed-2" / "best.safetensors").exists()
+    assert "over 2 seeds" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(files):
+    weights = []
+    for seed in ("1", "1", "2"):
+        out = Path(files[-1] + str(len(weights)))
+        assert train.main([*files[:-1], str(out), *SMALL, "--epochs", "2", "--seed", seed]) == 0
+        weights.append(load_file(only_run(out) / "best.safetensors")["output.weight"])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_eval_only_repeats_the_runs_test_accuracy(files, capsys):
+    assert train.main([*files, *SMALL, "--epochs", "3"]) == 0
+    run = only_run(files[-1])
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())
+    first = capsys.readouterr().out.splitlines()[-1]
+    assert train.main(["--eval-only", str(run)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split("%")[0] == first.split("%")[0]
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--amp"],
+        ["--amp", "fp16", "--clip-grad", "1"],
+        ["--schedule", "plateau", "--neuron", "lif"],
+        ["--warmup-epochs", "1", "--neuron", "lstm", "--hidden", "6", "5"],
+        ["--channel-shift", "5", "--time-stretch", "0.1", "--event-drop", "0.1", "--noise", "0.1"],
+        ["--readout", "last", "--checkpoint-every", "3", "--neuron", "gpn-no-i"],
+        ["--binning", "authors", "--max-time", "1.0"],
+        ["--channel-bin", "5", "--neuron", "cnn", "--overflow", "clip"],
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_option_trains(files, options):
+    assert train.main([*files, *SMALL, "--epochs", "2", *options]) == 0
+    result = json.loads((only_run(files[-1]) / "result.json").read_text())
+    assert np.isfinite(result["test_loss"])
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_bits(files, kill, tmp_path):
+    options = [*SMALL, "--epochs", "30", "--seed", "5", "--noise", "0.2"]
+    command = [sys.executable, "-m", "gpn_triton.train"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = tmp_path / "whole"
+    subprocess.run([*command, *files[:-1], str(whole), *options], check=True, cwd=ROOT, env=env)
+
+    broken = subprocess.Popen(
+        [*command, *files, *options], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    )
+    for line in broken.stdout:
+        if line.startswith("epoch   4"):
+            broken.send_signal(kill)
+            break
+    rest = broken.stdout.read()
+    run = only_run(files[-1])
+    if kill == signal.SIGKILL:
+        assert broken.wait() == -kill
+    else:
+        assert broken.wait() == 128 + kill
+        assert f"go on with --resume {run}" in rest
+    assert not (run / "result.json").exists()
+    resume = [*command, "--resume", "auto", "--out", files[-1]]
+    resumed = subprocess.run(resume, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert resumed.returncode == 0 and "resumed from" in resumed.stdout
+
+    expected, got = (load_file(r / "best.safetensors") for r in (only_run(whole), run))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    timing = ("seconds", "samples_per_second")
+    metrics = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in timing}
+            for line in (r / "metrics.jsonl").read_text().splitlines()[1:]
+        ]
+        for r in (only_run(whole), run)
+    ]
+    assert len(metrics[0]) == 30 and metrics[0] == metrics[1]
+
+
+def test_a_finished_run_taken_up_again_is_left_as_it_is(files, capsys):
+    assert train.main([*files, *SMALL, "--epochs", "2"]) == 0
+    run = only_run(files[-1])
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())
+    assert train.main(["--resume", str(run)]) == 0
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir()) == before
+    assert f"{run} is finished" in capsys.readouterr().out
+
+
+def test_data_changed_since_the_checkpoint_are_refused(files, capsys):
+    assert train.main([*files, *SMALL, "--epochs", "2"]) == 0
+    run = only_run(files[-1])
+    (run / "result.json").unlink()
+    write_events(Path(files[1]), store(48, 99))
+    assert train.main(["--resume", str(run)]) == 2
+    assert "resume: the data have changed" in capsys.readouterr().err
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(files):
+    splits = load_splits(train_file=files[1], test_file=files[3])
+    losses = []
+    for batch_size in (3, 8, 100):
+        torch.manual_seed(0)
+        cfg = TrainConfig(hidden=(8,), time_bins=6, batch_size=batch_size)
+        engine = train.Engine(cfg, train.build_model(cfg, 700, 2), torch.device("cpu"))
+        losses.append(engine.evaluate(DeviceEvents(splits.valid)))
+    for other in losses[1:]:
+        assert other["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
+        assert other["accuracy"] == losses[0]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset", "mnist"], "dataset: expected synthetic, shd, ssc or a file ending in .h5"),
+        (["--train-file", "none.h5"], "none.h5"),
+        (["--hidden", "0"], "hidden: expected sizes of at least 1, got [0]"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
+        (["--device", "cuda:99"], "device: cuda:99 is not here"),
+        (["--dataset", "shd", "--data-dir", "nowhere"], "--download"),
+        (["--resume", "nowhere"], "resume: nowhere is not a run folder"),
+        (["--eval-only", "nowhere"], "eval_only: nowhere is not a run folder"),
+        (["--resume", "auto", "--out", "nowhere"], "resume: no unfinished run under nowhere"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_users_mistake_is_one_line_and_a_status(argv, message, capsys):
+    assert train.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_triton_asked_for_on_a_cpu_is_refused_by_the_command():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "gpn_triton.train", "--backend", "triton", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: backend: triton cannot run: ")
+
+
+def test_a_broken_weights_file_is_named(files, capsys):
+    assert train.main([*files, *SMALL, "--epochs", "2"]) == 0
+    run = only_run(files[-1])
+    (run / "best.safetensors").write_bytes(b"junk")
+    assert train.main(["--eval-only", str(run)]) == 2
+    assert "best.safetensors does not fit this network" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_named(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file")
+    assert train.main(["--samples", "40", "--out", str(tmp_path / "runs")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_with_one_line(files, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    assert train.main([*files, *SMALL, "--epochs", "2"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
