@@ -6,6 +6,7 @@ torch.compile(fullgraph=True) and CUDA-graph capture see one node each. The only
 recurrence kernels; they are imported when first asked for.
 """
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -95,7 +96,6 @@ def gpn(
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
-    backend = _choose_backend(backend, x)
     if v_reset is None:
         v_reset = torch.zeros(B, N, dtype=state, device=x.device)
     v_reset = v_reset.detach().to(state)
@@ -129,7 +129,10 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
 
 
 def _choose_backend(backend: str, x: Tensor) -> str:
-    """torch or triton; raises RuntimeError if triton was asked for and cannot run."""
+    """torch or triton; raises RuntimeError if triton was asked for and cannot run.
+
+    Called within the operators, where torch.compile does not look.
+    """
     if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return "torch"
     reason = triton_unavailable(x)
@@ -147,8 +150,8 @@ def triton_unavailable(x: Tensor) -> str | None:
     return _device_unavailable(x.device.type, x.device.index)
 
 
-# the answer cannot change while a process runs, and torch.compile need not look for packages
-@torch.compiler.assume_constant_result
+# asked in every call; the answer cannot change while a process runs
+@functools.cache
 def _device_unavailable(kind: str, index: int | None) -> str | None:
     """Why the kernels cannot run on a device."""
     if importlib.util.find_spec("triton") is None:
@@ -325,7 +328,7 @@ def _recurrence(
     """spikes or their mean, v_final, v_saved, spike_bits: see reference.gpn_forward."""
     arguments = (x, weight_x, weight_v, bias, v_reset, v0)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "torch":
+        if _choose_backend(backend, x) == "torch":
             return reference.gpn_forward(*arguments, variant, every, mean)
         from gpn_triton.kernels.recurrence_forward import recurrence_forward
 
@@ -368,7 +371,7 @@ def _recurrence_backward(
     arguments = (g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, spikes, v_saved)
     options = (surrogate, alpha, every, mean)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "torch":
+        if _choose_backend(backend, x) == "torch":
             gradients = reference.gpn_backward(*arguments, variant, *options)
         else:
             from gpn_triton.kernels.recurrence_backward import recurrence_backward

@@ -86,11 +86,12 @@ def block(N: int) -> int:
 def padded(N: int, dtype: torch.dtype) -> int:
     """How many neurons the kernels compute for N.
 
-    An odd row of a half type is aligned to 2 bytes, and asynchronous copies take at least 4: the
-    compiler then loads in the step, with 14 barriers forward and 24 backward instead of 6 and 8
-    (N = 127, sm_90). Masks do the rest of the padding, up to block(N), at no cost.
+    Rows of half types are made multiples of 16 bytes. An odd one is aligned to 2 bytes, and
+    asynchronous copies take at least 4: the compiler then loads within the step, with 14 barriers
+    forward and 24 backward instead of 6 and 8 (N = 127, sm_90); N = 100 takes twice the copies of
+    104 and spills. Masks do the rest of the padding, up to block(N), at no cost.
     """
-    return -(-N // 8) * 8 if is_half(dtype) and N % 2 else N
+    return -(-N // 8) * 8 if is_half(dtype) else N
 
 
 def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) -> dict:
@@ -193,14 +194,16 @@ def _tiles(
         reason = (
             f"to keep the weights on chip takes {kib} KiB in {dtype}, {limit >> 10} KiB are there"
         )
-    # the most rows that still give every multiprocessor a program. unmeasured
+    # every tile of rows reads all weights from the L2 cache once a step, which bounds a step sooner
+    # than idle multiprocessors do: the most rows that still occupy two fifths of them. unmeasured
+    ieee = not is_half(dtype) and precision == "ieee"
     BLOCK_N, BLOCK_B = 32, 16
-    while BLOCK_B < 64 and -(-B // (2 * BLOCK_B)) * -(-N // BLOCK_N) >= sm_count:
+    most = 64 if ieee else 128
+    while BLOCK_B < most and 5 * -(-B // (2 * BLOCK_B)) * -(-N // BLOCK_N) >= 2 * sm_count:
         BLOCK_B *= 2
-    # deeper blocks spill in ieee, which has no tensor cores, shallower ones in tf32, and so do 4
-    # warps with 64 rows. unmeasured
-    BLOCK_K = 64 if is_half(dtype) or precision == "tf32" else 16
-    warps = 8 if BLOCK_B == 64 else 4
+    # without tensor cores (ieee) deeper blocks spill, and so do 4 warps with 64 rows. unmeasured
+    BLOCK_K = 16 if ieee else 32 if BLOCK_B >= 64 and not is_half(dtype) else 64
+    warps = 8 if BLOCK_B >= 64 else 4
     # backward holds three gates of g_z and of the weights per stage
     stage = 3 * (BLOCK_B + BLOCK_N) * BLOCK_K * operand_dtype(dtype).itemsize
     tile = Tile(BLOCK_B, BLOCK_N, BLOCK_K, warps, 3 if 3 * stage <= limit else 2)
