@@ -134,34 +134,52 @@ def test_every_kind_of_option_trains(files, options):
     assert np.isfinite(result["test_loss"])
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_resumes_to_the_same_bits(files, kill, tmp_path):
-    options = [*SMALL, "--epochs", "30", "--seed", "5", "--noise", "0.2"]
-    command = [sys.executable, "-m", "gpn_triton.train"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = tmp_path / "whole"
-    subprocess.run([*command, *files[:-1], str(whole), *options], check=True, cwd=ROOT, env=env)
+COMMAND = [sys.executable, "-m", "gpn_triton.train"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+LONGER = [*SMALL, "--epochs", "12", "--seed", "5", "--noise", "0.2"]
 
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Flags for the data, and the run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = []
+    for part, samples in (("train", 400), ("test", 16)):
+        write_events(folder / f"{part}.h5", store(samples, len(part)))
+        flags += [f"--{part}-file", str(folder / f"{part}.h5")]
+    out = ["--out", str(folder / "runs")]
+    subprocess.run([*COMMAND, *flags, *out, *LONGER], check=True, cwd=ROOT, env=ONE_THREAD)
+    return flags, only_run(out[1])
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_bits(uninterrupted, kill, tmp_path):
+    flags, whole = uninterrupted
+    out = ["--out", str(tmp_path / "runs")]
     broken = subprocess.Popen(
-        [*command, *files, *options], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        [*COMMAND, *flags, *out, *LONGER],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     for line in broken.stdout:
         if line.startswith("epoch   4"):
             broken.send_signal(kill)
             break
     rest = broken.stdout.read()
-    run = only_run(files[-1])
+    run = only_run(out[1])
     if kill == signal.SIGKILL:
         assert broken.wait() == -kill
     else:
         assert broken.wait() == 128 + kill
         assert f"go on with --resume {run}" in rest
     assert not (run / "result.json").exists()
-    resume = [*command, "--resume", "auto", "--out", files[-1]]
-    resumed = subprocess.run(resume, cwd=ROOT, env=env, capture_output=True, text=True)
+    resume = [*COMMAND, "--resume", "auto", *out]
+    resumed = subprocess.run(resume, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     assert resumed.returncode == 0 and "resumed from" in resumed.stdout
 
-    expected, got = (load_file(r / "best.safetensors") for r in (only_run(whole), run))
+    expected, got = (load_file(r / "best.safetensors") for r in (whole, run))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     timing = ("seconds", "samples_per_second")
     metrics = [
@@ -169,9 +187,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(files, kill, tmp_path):
             {k: v for k, v in json.loads(line).items() if k not in timing}
             for line in (r / "metrics.jsonl").read_text().splitlines()[1:]
         ]
-        for r in (only_run(whole), run)
+        for r in (whole, run)
     ]
-    assert len(metrics[0]) == 30 and metrics[0] == metrics[1]
+    assert len(metrics[0]) == 12 and metrics[0] == metrics[1]
 
 
 def test_a_finished_run_taken_up_again_is_left_as_it_is(files, capsys):
