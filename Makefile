@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: train test lint format bench clean
+.PHONY: train test lint format bench gpu clean
 
 train: $(READY)
 	$(RUN) -m gpn_triton.train --amp $(ARGS)
@@ -22,6 +22,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest bench/ --benchmark-only $(ARGS)
+
+# for a machine with a GPU and torch, triton and pytest already there; installs nothing
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -26,8 +26,9 @@ else:
 DATASETS = ("synthetic", "shd", "ssc")
 
 # the authors' two published set-ups (small and wide) and the time bins the paper itself names
-_SMALL = {"dropout": 0.5, "lr": 5e-4, "schedule": "cosine", "max_time": 1.0}
-_WIDE = {"dropout": 0.25, "schedule": "plateau", "max_time": 1.0}
+_PLAIN = {"max_time": 1.0, "channel_shift": 0}
+_SMALL = {**_PLAIN, "dropout": 0.5, "lr": 5e-4, "schedule": "cosine"}
+_WIDE = {**_PLAIN, "dropout": 0.25, "schedule": "plateau"}
 _SHD_SMALL = {**_SMALL, "dataset": "shd", "hidden": (128,), "batch_size": 32, "epochs": 150}
 _SSC_SMALL = {
     **_SMALL,
@@ -134,7 +135,11 @@ class TrainConfig:
     )  # fmt: skip
 
     channel_shift: int = _option(
-        "Augmentation", 0, "shift a sample by up to so many channels", type=int, metavar="K"
+        "Augmentation",
+        10,
+        "shift a sample by up to so many channels; 0 in the presets",
+        type=int,
+        metavar="K",
     )
     time_stretch: float = _option(
         "Augmentation", 0.0, "stretch a sample's time by up to this share", type=float, metavar="F"
