@@ -24,6 +24,10 @@ MEMORY_BASE, MEMORY_FACTOR = 4 << 30, 6
 BAD_FILE = 2
 
 
+class LayoutError(ValueError):
+    """What is wrong with a file, in one line."""
+
+
 def read_layout(path: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """Read the arrays of a file as they are stored, samples concatenated.
 
@@ -34,15 +38,17 @@ def read_layout(path: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
         times [E], units [E], lengths [S] int64, labels [S], and speakers [S] int32 if present;
         the class names, or None.
     Raises:
-        ValueError: not HDF5, truncated, or not of this layout; naming what was expected and found.
+        LayoutError: not HDF5, truncated, or not of this layout; naming what was expected and found.
     """
     try:
         with h5py.File(path, "r") as file:
             return _read(file)
+    except LayoutError:
+        raise
     # h5py raises these, and no others were seen in thousands of damaged files
-    except (OSError, RuntimeError, KeyError, TypeError, MemoryError, SystemError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"expected a readable HDF5 file, got: {reason}") from None
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
+        reason = (str(error).strip("'\"") or type(error).__name__).splitlines()[0]
+        raise LayoutError(f"expected a readable HDF5 file, got: {reason}") from None
 
 
 def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
@@ -54,7 +60,7 @@ def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
     different = np.flatnonzero(lengths != unit_lengths)
     if len(different):
         k = different[0]
-        raise ValueError(
+        raise LayoutError(
             f"spikes/units: expected as many as spikes/times, sample {k} has "
             f"{unit_lengths[k]} units and {lengths[k]} times"
         )
@@ -67,7 +73,7 @@ def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
     if "extra/keys" in file:
         keys = _dataset(file, "extra/keys")
         if keys.ndim != 1:
-            raise ValueError(f"extra/keys: expected one name a class, got shape {keys.shape}")
+            raise LayoutError(f"extra/keys: expected one name a class, got shape {keys.shape}")
         names = [
             key.decode(errors="replace") if isinstance(key, bytes) else str(key) for key in keys[()]
         ]
@@ -77,22 +83,22 @@ def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
     if name not in file:
-        raise ValueError(f"expected a dataset {name}, got a file without it")
+        raise LayoutError(f"expected a dataset {name}, got a file without it")
     found = file[name]
     if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"{name}: expected a dataset, got a {type(found).__name__.lower()}")
+        raise LayoutError(f"{name}: expected a dataset, got a {type(found).__name__.lower()}")
     return found
 
 
 def _expect_kind(name: str, dtype: np.dtype, kinds: str, what: str) -> None:
     if dtype.kind not in kinds or dtype.itemsize > 8:
-        raise ValueError(f"{name}: expected {what}, got {dtype}")
+        raise LayoutError(f"{name}: expected {what}, got {dtype}")
 
 
 def _expect_samples(name: str, data: h5py.Dataset, samples: int | None = None) -> int:
     if data.ndim != 1 or (samples is not None and len(data) != samples):
         expected = "one value a sample" if samples is None else f"{samples} samples as in labels"
-        raise ValueError(f"{name}: expected {expected}, got shape {data.shape}")
+        raise LayoutError(f"{name}: expected {expected}, got shape {data.shape}")
     return len(data)
 
 
@@ -103,11 +109,11 @@ def _read_ragged(
     data = _dataset(file, name)
     dtype = h5py.check_vlen_dtype(data.dtype)
     if not isinstance(dtype, np.dtype):
-        raise ValueError(f"{name}: expected a variable length per sample, got {data.dtype} rows")
+        raise LayoutError(f"{name}: expected a variable length per sample, got {data.dtype} rows")
     _expect_kind(name, dtype, kinds, what)
     if not dtype.isnative:
         # h5py 3.16 returns such rows with their bytes in the wrong order
-        raise ValueError(f"{name}: expected this machine's byte order, got {dtype.str}")
+        raise LayoutError(f"{name}: expected this machine's byte order, got {dtype.str}")
     _expect_samples(name, data, samples)
     lengths = np.empty(samples, np.int64)
     parts = [np.empty(0, dtype)]
@@ -145,7 +151,7 @@ def main(path: str) -> int:
     try:
         _limit_memory(os.path.getsize(path))
         arrays, names = read_layout(path)
-    except ValueError as error:
+    except LayoutError as error:
         print(error, file=sys.stderr)
         return BAD_FILE
     header = {"arrays": [[n, a.dtype.str, len(a)] for n, a in arrays.items()], "names": names}
