@@ -13,6 +13,15 @@ from gpn_triton import reference
 from gpn_triton.ops import gpn
 
 
+# (first, total): a batch's rows, where it is a part of a larger one. Random draws are made for the
+# whole and its part taken, so that splitting a batch, over processes or steps, changes no draw
+Rows = tuple[int, int]
+
+
+def _part(drawn: Tensor, rows: Rows | None, batch: int) -> Tensor:
+    return drawn if rows is None else drawn[rows[0] : rows[0] + batch]
+
+
 class GPN(nn.Module):
     """A layer of Gated Parametric Neurons.
 
@@ -68,13 +77,18 @@ class GPN(nn.Module):
             nn.init.uniform_(parameter, -k, k)
 
     def forward(
-        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None
+        self,
+        x: Tensor,
+        v0: Tensor | None = None,
+        v_reset: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
         Args:
             x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
             v_reset [B, N]: default: drawn in training, zeros in evaluation.
+            rows: (first, total) where x is rows first.. of a batch of `total`: see Rows.
         Returns:
             spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N].
         """
@@ -82,7 +96,10 @@ class GPN(nn.Module):
             raise ValueError(f"x: expected [T, B, {self.hidden_size}], got {list(x.shape)}")
         if v_reset is None and self.training and self.reset_std > 0:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            v_reset = self.reset_std * torch.randn(x.shape[1:], dtype=dtype, device=x.device)
+            B, N = x.shape[1:]
+            shape = (B if rows is None else rows[1], N)
+            drawn = torch.randn(shape, dtype=dtype, device=x.device)
+            v_reset = self.reset_std * _part(drawn, rows, B)
         return gpn(
             x, self.weight_x, self.weight_v, self.bias, v_reset, v0, self.variant, **self.options
         )
@@ -175,12 +192,13 @@ class HeldDropout(nn.Module):
             raise ValueError(f"dropout: expected 0 <= p < 1, got {p}")
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, B, N] or [B, N] -> the same shape, with one mask [B, N]."""
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """x [T, B, N] or [B, N] -> the same shape, with one mask [B, N]; rows: see Rows."""
         if not self.training or self.p == 0:
             return x
-        mask = nn.functional.dropout(torch.ones_like(x[0] if x.ndim == 3 else x), self.p)
-        return x * mask
+        B, N = x.shape[-2:]
+        ones = x.new_ones(B if rows is None else rows[1], N)
+        return x * _part(nn.functional.dropout(ones, self.p), rows, B)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout
+from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout, Rows
 from gpn_triton.reference import GATES
 
 _GPN_VARIANTS = {"gpn" if v == "full" else f"gpn-{v}": v for v in GATES}
@@ -99,20 +99,23 @@ class SpikingClassifier(nn.Module):
         else:
             self.output = nn.Linear(sizes[-1], classes)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
         """Classify a batch.
 
         Args:
             x [T, B, C] float: events counted in each bin and channel.
+            rows: (first, total) where x is rows first.. of a batch of `total`: the random draws of
+                training then are those rows' of the whole batch.
         Returns:
             logits [B, classes]; activity [layers] float32: mean output of each hidden layer
             (spikes a neuron and step for spiking neurons), detached.
         """
         activity = []
         for linear, neuron in zip(self.inputs, self.neurons, strict=True):
-            x = neuron(linear(x))[0]
+            draws = {"rows": rows} if isinstance(neuron, GPN) else {}
+            x = neuron(linear(x), **draws)[0]
             activity.append(x.detach().float().mean())
-            x = self.dropout(x)
+            x = self.dropout(x, rows)
         if self.neuron == "cnn":
             x = x.permute(1, 2, 0).flatten(1)
         elif x.ndim == 3:

@@ -78,6 +78,19 @@ def test_held_dropout_keeps_one_mask_over_time_and_the_mean():
     assert torch.equal(dropout(y), y)
 
 
+def test_a_split_batch_draws_what_the_whole_would():
+    torch.manual_seed(0)
+    model = SpikingClassifier([16, 8], inputs=9, classes=4)
+    x = torch.poisson(torch.full((5, 7, 9), 1.0))
+    torch.manual_seed(1)
+    whole, _ = model(x)
+    parts = []
+    for first, last in ((0, 3), (3, 7)):
+        torch.manual_seed(1)
+        parts.append(model(x[:, first:last], (first, 7))[0])
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
 @pytest.mark.parametrize("variant", ["full", "no-fi", "no-t"])
 def test_authors_weights_round_trip(variant):
     torch.manual_seed(0)
