@@ -84,14 +84,15 @@ def block(N: int) -> int:
 
 
 def padded(N: int, dtype: torch.dtype) -> int:
-    """How many neurons the kernels compute for N.
+    """How many neurons the kernels compute for N: rows are made multiples of 16 bytes.
 
-    Rows of half types are made multiples of 16 bytes. An odd one is aligned to 2 bytes, and
-    asynchronous copies take at least 4: the compiler then loads within the step, with 14 barriers
-    forward and 24 backward instead of 6 and 8 (N = 127, sm_90); N = 100 takes twice the copies of
-    104 and spills. Masks do the rest of the padding, up to block(N), at no cost.
+    An odd row of a half type is aligned to 2 bytes, and asynchronous copies take at least 4: the
+    compiler then loads within the step, with 14 barriers forward and 24 backward instead of 6 and 8
+    (N = 127, sm_90). Narrow copies also spill: N = 100 in half types, 185 in float32. Masks do the
+    rest of the padding, up to block(N), at no cost.
     """
-    return -(-N // 8) * 8 if is_half(dtype) else N
+    multiple = 16 // operand_dtype(dtype).itemsize
+    return -(-N // multiple) * multiple
 
 
 def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) -> dict:
@@ -198,10 +199,11 @@ def _tiles(
     # than idle multiprocessors do: the most rows that still occupy two fifths of them. unmeasured
     ieee = not is_half(dtype) and precision == "ieee"
     BLOCK_N, BLOCK_B = 32, 16
-    most = 64 if ieee else 128
+    most = 32 if ieee else 128
     while BLOCK_B < most and 5 * -(-B // (2 * BLOCK_B)) * -(-N // BLOCK_N) >= 2 * sm_count:
         BLOCK_B *= 2
-    # without tensor cores (ieee) deeper blocks spill, and so do 4 warps with 64 rows. unmeasured
+    # without tensor cores (ieee) more rows or more depth spill; with them, 4 warps of 64 rows.
+    # unmeasured
     BLOCK_K = 16 if ieee else 32 if BLOCK_B >= 64 and not is_half(dtype) else 64
     warps = 8 if BLOCK_B >= 64 else 4
     # backward holds three gates of g_z and of the weights per stage
