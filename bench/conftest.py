@@ -39,7 +39,12 @@ def pytest_addoption(parser):
         "--size", choices=SIZES, default=None,
         help="shapes: full (default with a GPU), small (default without) or tiny (a test's)",
     )  # fmt: skip
-    group.addoption("--rounds", type=int, default=7, help="least rounds a subject (default: 7)")
+    group.addoption(
+        "--rounds",
+        type=int,
+        default=7,
+        help="least rounds a subject, 0.4 of them where shapes are scaled down (default: 7)",
+    )
     group.addoption(
         "--case-seconds", type=float, default=3.0,
         help="go on past --rounds, up to 5 times as many, within so many seconds a case",
@@ -190,8 +195,11 @@ def contest(request, benchmark, device, ceilings, header):
                 for item in request.session.items
                 if item.path == request.node.path and _group(item) == group
             ]
-            rounds = 1 if benchmark.disabled else options.rounds
-            contests[group] = Contest(prepare, rivals, device, rounds, options.case_seconds)
+            # what stands in for a larger shape is there to show that it runs, and roughly how fast
+            share = 0.4 if case.scaled else 1.0
+            rounds = 1 if benchmark.disabled else max(2, round(share * options.rounds))
+            seconds = share * options.case_seconds
+            contests[group] = Contest(prepare, rivals, device, rounds, seconds)
         entered = contests[group]
         if subject in entered.failed:
             error = entered.failed[subject]
