@@ -7,6 +7,8 @@ is the readout of the mean over time of the last layer's spikes: only that mean 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,20 @@ _GPN_VARIANTS = {"gpn" if v == "full" else f"gpn-{v}": v for v in GATES}
 _ANN = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 NEURONS = (*_GPN_VARIANTS, "lif", "plif", "cuba-lif", *_ANN, "cnn")
 READOUTS = ("mean", "last")
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands: all that SpikingClassifier.stream needs of the bins before.
+
+    neurons: the state of each hidden layer, as that layer returns it. steps: bins seen.
+    readout [B, N]: of the last layer's output the sum over those bins, or, for readout last, the
+    last bin's.
+    """
+
+    neurons: tuple[Any, ...]
+    readout: Tensor
+    steps: int
 
 
 class SpikingClassifier(nn.Module):
@@ -121,6 +137,47 @@ class SpikingClassifier(nn.Module):
         elif x.ndim == 3:
             x = x.mean(0) if self.readout == "mean" else x[-1]
         return self.output(x), torch.stack(activity)
+
+    def stream(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+        """Classify from the bins that have come so far; in evaluation mode only.
+
+        All bins together give forward's logits but for rounding: products of other shapes may round
+        the last bit otherwise, and spikes at the edge flip with it. In float64 nothing of that is
+        left once the logits are rounded to float32.
+
+        Args:
+            x [T, B, C] float: the next bins, one or more. state: of the bins before; None at the
+                start. It is not changed, so that one state can be gone on from twice.
+        Returns:
+            logits [B, classes] after these bins; the state after them.
+        Raises:
+            ValueError: a cnn, which sees all bins at once; training mode, whose noise belongs to a
+                whole sequence; x of another rank or batch than the state's.
+        """
+        if self.neuron == "cnn":
+            raise ValueError("neuron: a cnn sees all bins at once and cannot stream")
+        if self.training:
+            raise ValueError("stream: expected evaluation mode, got training: call eval() first")
+        if x.ndim != 3 or 0 in x.shape:
+            raise ValueError(f"x: expected [T, B, C], each size at least 1, got {list(x.shape)}")
+        if state is not None and x.shape[1] != len(state.readout):
+            raise ValueError(f"x: expected the state's {len(state.readout)} rows, got {x.shape[1]}")
+        neurons, steps = [], len(x)
+        before = (None,) * len(self.neurons) if state is None else state.neurons
+        for linear, neuron, old in zip(self.inputs, self.neurons, before, strict=True):
+            x, new = neuron(linear(x), old)
+            neurons.append(new)
+        if self.readout == "last":
+            readout = x[-1]
+        else:
+            # GPN gives the mean over these bins of spikes: back to their whole number
+            readout = x.sum(0) if x.ndim == 3 else (x * steps).round()
+        if state is not None:
+            steps += state.steps
+            if self.readout == "mean":
+                readout = readout + state.readout
+        logits = self.output(readout if self.readout == "last" else readout / steps)
+        return logits, StreamState(tuple(neurons), readout, steps)
 
 
 class _Convolution(nn.Module):
