@@ -212,7 +212,8 @@ def contest(request, benchmark, device, ceilings, header):
             raise error
         times, count = entered.times[subject], entered.counts[subject]
         floor = floor_seconds(count, ceilings)
-        first = next((s for s in entered.times if s.startswith("gpn")), None)
+        ours = [s for s in ("gpn-triton", *entered.times) if s.startswith("gpn")]
+        first = next((s for s in ours if s in entered.times), None)
         wall = measure.summary(times.wall)
         benchmark.extra_info.update(
             header,

@@ -158,6 +158,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     On a GPU by torch's allocator; on a CPU by the allocations that the profiler reports, which are
     those of tensors: a library's own scratch memory is not among them.
     """
+    if isinstance(call, Call):
+        # else the last result and gradients are freed during the call and hide as much
+        call.clear()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
