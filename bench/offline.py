@@ -1,22 +1,245 @@
-"""Registers, spills, shared memory and instructions of the kernels of one layer, without a GPU.
+"""Registers, spills, shared memory and instructions of the kernels, without a GPU.
 
-python -m bench.offline --N 128 --dtype float16 --capability 90
+python -m bench.offline                                            all, into bench/results
+python -m bench.offline --N 128 --dtype float16 --capability 90    one layer, printed
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
+import triton
 
-from gpn_triton.kernels.offline import SHARED_BYTES, compile_layer
+from gpn_triton.kernels import tiles
+from gpn_triton.kernels.offline import SHARED_BYTES, SM_COUNT, Report, compile_layer
 from gpn_triton.reference import GATES
+from gpn_triton.surrogate import SURROGATES
+from gpn_triton.train import provenance
+
+CAPABILITIES = (80, 90)
+# dtype of x, precision of float32 products
+NUMBERS = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee"))
+# every power of two that has tiles of its own, and sizes that masks or padding fill up
+SIZES = (1, 16, 32, 37, 64, 100, 128, 160, 256, 512, 1024)
+BATCHES = (1, 32, 256, 2048, 8192)
+REGISTERS = 1 << 16
+RESULTS = Path(__file__).parent / "results" / "offline_kernels.md"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What decides which kernels a layer launches: arguments of offline.compile_layer."""
+
+    N: int
+    dtype: str = "float16"
+    precision: str = "ieee"
+    capability: int = 90
+    variant: str = "full"
+    B: int = 256
+    every: int = 1
+    mean: bool = False
+    surrogate: str = "atan"
+
+    def compile(self) -> tuple[tiles.Plan, list[Report]]:
+        """The plan and a report for each kernel."""
+        options = asdict(self)
+        options["dtype"] = getattr(torch, options["dtype"])
+        options["gates"] = GATES[options.pop("variant")]
+        return compile_layer(**options)
+
+    def plan(self) -> tiles.Plan:
+        """What tiles.choose answers, without what does not change the compiled code."""
+        plan = tiles.choose(
+            100, self.B, self.N, getattr(torch, self.dtype), GATES[self.variant], self.every,
+            self.precision, SM_COUNT[self.capability], SHARED_BYTES[self.capability],
+        )  # fmt: skip
+        return replace(plan, forward_steps=0, backward_steps=0, reason="")
+
+
+def paper_layers() -> list[Layer]:
+    """The full neuron at a batch of 256: every size, dtype and capability."""
+    return [
+        Layer(N, *numbers, capability)
+        for capability in CAPABILITIES
+        for numbers in NUMBERS
+        for N in SIZES
+    ]
+
+
+def other_layers() -> list[Layer]:
+    """Every other tile, variant, option and surrogate, each at sizes of both strategies.
+
+    bfloat16 has the tiles and, but for the type of x, the code of float16.
+    """
+    layers = []
+    kinds = [numbers for numbers in NUMBERS if numbers[0] != "bfloat16"]
+    for capability, numbers in itertools.product(CAPABILITIES, kinds):
+        # the batch changes the tiles of the stepwise strategy
+        seen = {Layer(256, *numbers, capability).plan()}
+        for N, B in itertools.product((256, 1024), BATCHES):
+            layer = Layer(N, *numbers, capability, B=B)
+            if layer.plan() not in seen:
+                seen.add(layer.plan())
+                layers.append(layer)
+        for N in (64, 128, 256):
+            layer = Layer(N, *numbers, capability)
+            layers += [replace(layer, variant=v) for v in GATES if v != "full"]
+            layers += [
+                replace(layer, mean=mean, every=every)
+                for mean, every in ((True, 1), (False, 10), (True, 10))
+            ]
+        layers += [Layer(128, *numbers, capability, surrogate=s) for s in SURROGATES if s != "atan"]
+    return layers
+
+
+def multiplies(report: Report) -> bool:
+    """Whether the kernel holds a matrix product."""
+    constants = report.constants
+    return "gradient" not in report.kernel and constants["GATES"] and constants.get("PRODUCT", True)
+
+
+def faults(report: Report, capability: int) -> list[str]:
+    """What keeps a kernel from being launched or from being fast; empty if all is well.
+
+    Args:
+        report: of one kernel. capability: of the GPU it was compiled for.
+    """
+    found = []
+    if report.stack_bytes or report.local_accesses:
+        found.append(f"spills: {report.stack_bytes} bytes of stack")
+    if report.shared_bytes > SHARED_BYTES[capability]:
+        found.append(f"shared memory: {report.shared_bytes} of {SHARED_BYTES[capability]} bytes")
+    if report.registers * 32 * report.num_warps > REGISTERS:
+        found.append(f"registers: {report.registers} x {32 * report.num_warps} threads")
+    tensor_cores = report.constants["FAST"] or report.constants.get("PRECISION") == "tf32"
+    if multiplies(report) and tensor_cores and not report.mma:
+        found.append("no tensor-core instruction")
+    if "persistent" in report.kernel or multiplies(report):
+        if not report.async_copies:
+            found.append("no asynchronous copy")
+        if report.loop_loads:
+            found.append(f"{report.loop_loads} loads that wait within the loop")
+    return found
+
+
+def sweep(layers: list[Layer]) -> Iterator[tuple[Layer, Report]]:
+    """Compile layers and read every kernel; the progress goes to standard error."""
+    for k, layer in enumerate(layers):
+        print(f"\r{k + 1}/{len(layers)} {layer}", end="\x1b[K", file=sys.stderr, flush=True)
+        for report in layer.compile()[1]:
+            yield layer, report
+    print(file=sys.stderr)
+
+
+def _name(report: Report) -> str:
+    """forward persistent, backward stepwise (last), gradient ..."""
+    name = report.kernel.removeprefix("recurrence_").removesuffix("_kernel").replace("_", " ")
+    constants = report.constants
+    if constants.get("REPLAY"):
+        name = name.replace("forward", "replay")
+    if not constants.get("PRODUCT", True):
+        name += ", first step"
+    if not constants.get("CELL", True):
+        name += ", last product"
+    return name
+
+
+def _numbers(layer: Layer) -> str:
+    return layer.precision if layer.dtype == "float32" else layer.dtype
+
+
+def _table(columns: list[str], rows: list[list]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def paper_table(found: list[tuple[Layer, Report]]) -> str:
+    """One row a kernel."""
+    columns = [
+        "kernel", "N", "products", "sm", "tile", "warps", "stages", "registers", "shared KiB",
+        "spills", "mma", "async copies", "loop instructions", "loop mma", "loop barriers", "faults",
+    ]  # fmt: skip
+    rows = []
+    for layer, r in found:
+        c = r.constants
+        tile = "x".join(str(c[b]) for b in ("BLOCK_B", "BLOCK_R", "BLOCK_N", "BLOCK_K") if c.get(b))
+        rows.append(
+            [
+                _name(r), layer.N, _numbers(layer), layer.capability, tile, r.num_warps,
+                c.get("STAGES", "-"), r.registers, f"{r.shared_bytes / 1024:.0f}",
+                r.local_accesses, r.mma, r.async_copies, r.loop_instructions, r.loop_mma,
+                r.loop_barriers, "; ".join(faults(r, layer.capability)) or "-",
+            ]
+        )  # fmt: skip
+    return _table(columns, sorted(rows, key=lambda row: (row[0], row[3], row[2], row[1])))
+
+
+def other_table(found: list[tuple[Layer, Report]]) -> str:
+    """One row a layer: the most that any of its kernels takes."""
+    columns = [
+        "variant", "N", "B", "products", "sm", "output", "v saved every", "surrogate", "kernels",
+        "registers", "shared KiB", "spills", "loop barriers", "faults",
+    ]  # fmt: skip
+    rows = []
+    for layer, group in itertools.groupby(found, key=lambda entry: entry[0]):
+        reports = [report for _, report in group]
+        wrong = [f"{_name(r)}: {f}" for r in reports for f in faults(r, layer.capability)]
+        rows.append(
+            [
+                layer.variant, layer.N, layer.B, _numbers(layer), layer.capability,
+                "mean" if layer.mean else "spikes", layer.every, layer.surrogate, len(reports),
+                max(r.registers for r in reports),
+                f"{max(r.shared_bytes for r in reports) / 1024:.0f}",
+                sum(r.local_accesses for r in reports), max(r.loop_barriers for r in reports),
+                "; ".join(wrong) or "-",
+            ]
+        )  # fmt: skip
+    return _table(columns, rows)
+
+
+def write_results(path: Path) -> int:
+    """Compile everything and write the tables; returns the number of kernels with faults."""
+    paper, other = list(sweep(paper_layers())), list(sweep(other_layers()))
+    wrong = sum(bool(faults(report, layer.capability)) for layer, report in paper + other)
+    made = provenance(torch.device("cpu"))
+    path.write_text(
+        f"""# The kernels as compiled, without a GPU
+
+Made by `python -m bench.offline` at commit {made["commit"]} with triton {triton.__version__} \
+(its own ptxas) and torch {torch.__version__}. Nothing here was run: these are the compiler's \
+figures and the machine code's, counted. {len(paper) + len(other)} kernels, {wrong} with faults.
+
+A fault is: a spill; more shared memory than one program may have (163 KiB on sm 80, 227 KiB \
+on sm 90); more registers than 65,536 a multiprocessor; no tensor-core instruction where a product \
+has half or tf32 operands; where loads are to be pipelined, no asynchronous copy or, in the \
+loop, a load that waits.
+
+products: what the operands are (float16 and bfloat16: x's dtype; tf32, ieee: float32 x). spills: \
+local loads and stores. loop: the innermost loop with most tensor-core instructions, per warp.
+
+## The full neuron, B = 256, spikes out, v saved every step
+
+{paper_table(paper)}
+
+## Other variants, tiles and options: the most that any kernel of the layer takes
+
+{other_table(other)}
+""",
+        encoding="utf-8",
+    )
+    return wrong
 
 
 def main() -> None:
-    """Compile one layer for one GPU and print a line per kernel."""
+    """Compile one layer and print a line per kernel, or everything and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--N", type=int, default=128)
+    parser.add_argument("--N", type=int, help="one layer of so many neurons instead of all")
     parser.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--capability", type=int, default=90, choices=SHARED_BYTES)
     parser.add_argument("--variant", default="full", choices=GATES)
@@ -24,13 +247,18 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--mean", action="store_true")
     parser.add_argument("--precision", default="ieee", choices=["ieee", "tf32"])
+    parser.add_argument("--surrogate", default="atan", choices=SURROGATES)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the tables go")
     options = vars(parser.parse_args())
-    options["dtype"] = getattr(torch, options["dtype"])
-    options["gates"] = GATES[options.pop("variant")]
-    plan, reports = compile_layer(**options)
+    out = options.pop("out")
+    if options["N"] is None:
+        wrong = write_results(out)
+        print(f"{out}: {wrong} kernels with faults")
+        sys.exit(wrong > 0)
+    plan, reports = Layer(**options).compile()
     print(plan)
     for report in reports:
-        print(report)
+        print(report, *faults(report, options["capability"]), sep="\n  ")
 
 
 if __name__ == "__main__":
