@@ -98,6 +98,19 @@ class TrainConfig:
         nargs="?", const="bf16",
     )  # fmt: skip
 
+    deterministic: bool = _option(
+        "Run", False, "use deterministic algorithms only, at some cost in time",
+        action="store_true",
+    )  # fmt: skip
+    skip_nonfinite: bool = _option(
+        "Run", False, "leave out and count steps whose loss or gradient is not finite, instead of "
+        "stopping", action="store_true",
+    )  # fmt: skip
+    track: tuple[str, ...] = _option(
+        "Run", (), "also log every epoch there (extras of the same names)",
+        nargs="+", choices=("tensorboard", "wandb"),
+    )  # fmt: skip
+
     dataset: str = _option(
         "Data", "synthetic", f"{', '.join(DATASETS)} or FILE.h5 in SHD's layout", metavar="NAME"
     )
@@ -195,6 +208,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected whole numbers, got {value!r}")
         if len(set(self.seed)) < len(self.seed):
             raise ValueError(f"seed: expected different seeds, got {list(self.seed)}")
+        object.__setattr__(self, "track", tuple(self.track))
         for f in dataclasses.fields(self):
             _check_type(f, getattr(self, f.name))
         for names, test, expected in (
@@ -249,7 +263,8 @@ def _check_type(f: dataclasses.Field, value: Any) -> None:
     if value is None and "None" in f.type:
         return
     choices = f.metadata.get("choices")
-    if choices is not None and value not in choices:
+    values = value if isinstance(value, tuple) else (value,)
+    if choices is not None and not all(v in choices for v in values):
         raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
     kind = f.type.split(" | ")[0]
     fits = {
@@ -258,6 +273,7 @@ def _check_type(f: dataclasses.Field, value: Any) -> None:
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
         "tuple[int, ...]": True,
+        "tuple[str, ...]": True,
     }[kind]
     if not fits:
         raise ValueError(f"{f.name}: expected {kind}, got {value!r}")
@@ -277,7 +293,7 @@ def build_parser() -> argparse.ArgumentParser:
         options = dict(f.metadata)
         title = options.pop("group")
         group = groups.setdefault(title, parser.add_argument_group(title))
-        if f.default not in (None, False):
+        if f.default not in (None, False, ()):
             shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             options["help"] += f" (default: {shown})"
         group.add_argument("--" + f.name.replace("_", "-"), **options)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gpn_triton import reference
 from gpn_triton.ops import gpn
 
-
 # (first, total): a batch's rows, where it is a part of a larger one. Random draws are made for the
 # whole and its part taken, so that splitting a batch, over processes or steps, changes no draw
 Rows = tuple[int, int]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpn_triton import checkpoint, train
+from gpn_triton import checkpoint, engine, train
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore, load_splits, write_events
 
@@ -66,7 +66,8 @@ def test_a_run_learns_and_leaves_its_files(files, capsys):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert set(load_file(run / "best.safetensors")) >= {"neurons.0.weight_v", "output.weight"}
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == f"test accuracy {100 * result['test_accuracy']:.2f} %  {run}"
+    assert f"test accuracy {100 * result['test_accuracy']:.2f} % (1 seed)" in printed[-1]
+    assert printed[-1].endswith(str(run))
 
 
 def test_the_test_file_is_read_after_the_last_epoch_only(files, monkeypatch):
@@ -91,7 +92,9 @@ def test_several_seeds_give_mean_and_deviation(files, capsys):
     assert summary["test_accuracy"] == pytest.approx(np.mean(accuracies))
     assert summary["test_accuracy_deviation"] == pytest.approx(np.std(accuracies, ddof=1))
     assert (run / "seed-2" / "best.safetensors").exists()
-    assert "over 2 seeds" in capsys.readouterr().out
+    mean, deviation = (100 * summary[f"test_accuracy{x}"] for x in ("", "_deviation"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"test accuracy {mean:.2f} +- {deviation:.2f} % (2 seeds)" in last
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(files):
@@ -107,10 +110,10 @@ def test_eval_only_repeats_the_runs_test_accuracy(files, capsys):
     assert train.main([*files, *SMALL, "--epochs", "3"]) == 0
     run = only_run(files[-1])
     before = sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())
-    first = capsys.readouterr().out.splitlines()[-1]
+    accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
     assert train.main(["--eval-only", str(run)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.split("%")[0] == first.split("%")[0]
+    assert last.startswith(f"test accuracy {100 * accuracy:.2f} %")
     assert sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir()) == before
 
 
@@ -216,8 +219,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(files):
     for batch_size in (3, 8, 100):
         torch.manual_seed(0)
         cfg = TrainConfig(hidden=(8,), time_bins=6, batch_size=batch_size)
-        engine = train.Engine(cfg, train.build_model(cfg, 700, 2), torch.device("cpu"))
-        losses.append(engine.evaluate(DeviceEvents(splits.valid)))
+        net = train.Engine(cfg, train.build_model(cfg, 700, 2), torch.device("cpu"))
+        losses.append(net.evaluate(DeviceEvents(splits.valid)))
     for other in losses[1:]:
         assert other["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
         assert other["accuracy"] == losses[0]["accuracy"]
@@ -259,6 +262,84 @@ def test_a_broken_weights_file_is_named(files, capsys):
     (run / "best.safetensors").write_bytes(b"junk")
     assert train.main(["--eval-only", str(run)]) == 2
     assert "best.safetensors does not fit this network" in capsys.readouterr().err
+
+
+def test_gradients_that_are_not_finite_stop_the_run_and_are_named(files, monkeypatch, capsys):
+    # an infinite input silences the neurons, so that the loss stays finite
+    spoil(monkeypatch, engine, "bin_batch", step=9)
+    assert train.main([*files, *SMALL, "--epochs", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "error: epoch 2, step 3: loss 0." in error
+    assert "gradients not finite in inputs.0.weight" in error
+    run = only_run(files[-1])
+    assert f"last good checkpoint: {run}/checkpoint-00001-000000.pt" in error
+    state, _ = checkpoint.load_checkpoint(run)
+    assert all(t.isfinite().all() for t in state["engine"]["model"].values())
+
+
+@pytest.mark.parametrize("amp", [[], ["--amp", "fp16"]], ids=["float32", "fp16"])
+def test_a_loss_that_is_not_finite_stops_the_run(files, monkeypatch, amp, capsys):
+    spoil(monkeypatch, engine.F, "cross_entropy", step=9)
+    assert train.main([*files, *SMALL, "--epochs", "3", *amp]) == 2
+    assert "error: epoch 2, step 2: loss inf" in capsys.readouterr().err
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_when_asked(files, monkeypatch):
+    spoil(monkeypatch, engine, "bin_batch", step=9)
+    assert train.main([*files, *SMALL, "--epochs", "3", "--skip-nonfinite"]) == 0
+    run = only_run(files[-1])
+    assert json.loads((run / "result.json").read_text())["skipped_steps"] == 1
+    assert all(t.isfinite().all() for t in load_file(run / "best.safetensors").values())
+
+
+def spoil(monkeypatch, owner, name, step):
+    """Make what a function returns infinite, at the step-th call; evaluation counts, too."""
+    function, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def spoiled(*arguments, **options):
+        result = function(*arguments, **options)
+        # six training batches and one of validation an epoch; bin_batch is not counted there
+        if (name != "bin_batch" or len(arguments) > 3) and next(calls) == step:
+            return result + torch.inf
+        return result
+
+    monkeypatch.setattr(owner, name, spoiled)
+
+
+def test_processes_together_compute_what_one_does_and_any_number_resumes(uninterrupted, tmp_path):
+    flags, _ = uninterrupted
+    options = [*SMALL, "--batch-size", "21", "--epochs", "2", "--lr", "0.01", "--clip-grad", "0.1"]
+
+    def run_with(processes, *arguments):
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        launch = [sys.executable, *torchrun, *port] if processes > 1 else [sys.executable]
+        command = [*launch, "-m", "gpn_triton.train", *arguments]
+        subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, timeout=240)
+
+    def outcome(run):
+        state, _ = checkpoint.load_checkpoint(run)
+        return state["engine"]["model"], json.loads((run / "result.json").read_text())
+
+    outcomes = []
+    for processes in (1, 2, 3):
+        out = tmp_path / str(processes)
+        run_with(processes, *flags, *options, "--out", str(out))
+        outcomes.append(outcome(only_run(out)))
+        assert outcomes[-1][1]["processes"] == processes
+    # take three processes' run back to its first epoch and let two go on
+    run_of_three = only_run(out)
+    (run_of_three / "result.json").unlink()
+    max(run_of_three.glob("checkpoint-*.pt")).unlink()
+    run_with(2, "--resume", str(run_of_three))
+    outcomes.append(outcome(run_of_three))
+
+    (weights, result), *others = outcomes
+    for other_weights, other in others:
+        for name, expected in weights.items():
+            torch.testing.assert_close(other_weights[name], expected, rtol=1e-3, atol=1e-5)
+        assert other["test_loss"] == pytest.approx(result["test_loss"], rel=1e-4)
+        assert other["valid_accuracy"] == result["valid_accuracy"]
 
 
 def test_an_unwritable_folder_is_named(tmp_path, capsys):
