@@ -15,6 +15,7 @@ ARROWS = {
     "gpn_triton.ops": {
         "gpn_triton.reference",
         "gpn_triton.surrogate",
+        "gpn_triton.kernels.offline",
         "gpn_triton.kernels.tiles",
         "gpn_triton.kernels.recurrence_forward",
         "gpn_triton.kernels.recurrence_backward",
