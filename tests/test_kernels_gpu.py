@@ -1,0 +1,250 @@
+"""The kernels at the paper's sizes on a GPU; the same bodies at tiny sizes in the interpreter.
+
+Cases marked gpu skip without one. Long sequences are compared teacher-forced: at every step the
+specification gets the kernel's own membrane and spikes, so that rounding which moves one spike
+across its threshold does not start another trajectory.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench.measure import peak_bytes
+from gpn_triton import gpn, ops, reference
+from gpn_triton.kernels import tiles
+from gpn_triton.kernels.recurrence_backward import recurrence_backward
+from gpn_triton.kernels.recurrence_forward import recurrence_forward
+from gpn_triton.reference import GATES
+from tests import interpreted_bfloat16
+from tests.tolerances import TOLERANCES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+STATE_BYTES = 1 << 28
+# spikes that differ from a float64 run over 100 steps of 128 neurons with the layer's own initial
+# weights, x rounded alike: float16 operands, stored products and tanh.approx gave 0.055 % in
+# simulation; twice that
+FLIPS = 0.0011
+
+
+def on_gpu(*values):
+    """A case that only a GPU can run in a test's time."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(monkeypatch):
+    if DEVICE.type == "cpu":
+        interpreted_bfloat16.correct(monkeypatch)
+
+
+def layer(T, B, N, dtype=FLOAT32, gain=1.5):
+    """x, weight_x, weight_v, bias, v_reset, v0, made where they are used; gain 0.7: as a GPN's."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+
+    def uniform(*shape):
+        return (torch.rand(shape, generator=g, device=DEVICE) * 2 - 1) * gain * N**-0.5
+
+    x = torch.randn(T, B, N, generator=g, device=DEVICE, dtype=dtype)
+    weights = uniform(4 * N, N), uniform(4 * N, N), uniform(4 * N)
+    v_reset = torch.randn(B, N, generator=g, device=DEVICE) * 0.05
+    return [x, *weights, v_reset, v_reset + 0.1]
+
+
+def plan_of(x, strategy=None, **changes):
+    """The plan that ops would choose, or another strategy's."""
+    plan = ops._plan(x, "full", 1)
+    if strategy not in (None, plan.strategy):
+        assert strategy == "stepwise"
+        tile = tiles.Tile(32, 32, 16 if x.dtype == FLOAT32 else 64, 4, 2)
+        plan = replace(plan, strategy=strategy, forward=tile, backward=tile)
+    return replace(plan, **changes)
+
+
+def run(inputs, g_out, plan):
+    """spikes, v_final, v_saved, and the gradients as reference.gpn_backward returns them."""
+    x, *weights, v_reset, v0 = inputs
+    spikes, v_final, v_saved, _ = recurrence_forward(*inputs, GATES["full"], 1, False, plan)
+    gradients = recurrence_backward(
+        g_out, None, x, *weights, v_reset, spikes, v_saved,
+        GATES["full"], "atan", 2.0, 1, False, plan,
+    )  # fmt: skip
+    return spikes, v_final, v_saved, gradients
+
+
+def check_steps(inputs, spikes, v_final, v_saved, first=0):
+    """Hold every step from `first` on against the specification in float64, a step at a time."""
+    x, *weights, v_reset, _ = inputs
+    T, B, N = x.shape
+    tolerance = TOLERANCES[x.dtype]
+    weights = [w.double() for w in weights]
+    count = max(1, STATE_BYTES // (8 * B * 4 * N))
+    for a in range(first, T, count):
+        b = min(T, a + count)
+        rows = (1, (b - a) * B, N)
+        s = spikes[a:b].double().view(rows)
+        # time as batch: one step from each of the kernel's own membranes
+        soft, v_next = reference.gpn_loop(
+            x[a:b].double().view(rows), *weights, v_reset.double().repeat(b - a, 1),
+            v_saved[a:b].double().view(rows[1:]), smooth=True, reset_mask=s,
+        )  # fmt: skip
+        sure = (soft - 0.5).abs() > tolerance.margin
+        assert torch.equal(s[sure] > 0, soft[sure] > 0.5)
+        assert sure.double().mean() > 0.9
+        follows = torch.cat([v_saved[a + 1 : b + 1].double(), v_final[None].double()])[: b - a]
+        assert (follows.view(rows[1:]) - v_next).abs().max() < tolerance.state
+
+
+def check_gradients(got, expected, tolerance):
+    assert len(got) == len(expected)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.linalg.norm(g.double() - e) < tolerance * torch.linalg.norm(e)
+
+
+@pytest.mark.parametrize(
+    "dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=lambda d: str(d).removeprefix("torch.")
+)
+@pytest.mark.parametrize(
+    "T, B, N, strategy",
+    [
+        (4, 5, 16, "persistent"),
+        (4, 5, 16, "stepwise"),
+        on_gpu(100, 256, 128, None),
+        on_gpu(100, 256, 128, "stepwise"),
+        on_gpu(1000, 64, 128, None),
+        on_gpu(100, 256, 512, None),
+        on_gpu(1000, 64, 512, None),
+        on_gpu(100, 256, 256, None),
+        on_gpu(1000, 64, 256, None),
+        on_gpu(100, 256, 1024, None),
+        on_gpu(1000, 64, 1024, None),
+        on_gpu(100, 37, 100, None),
+    ],
+)
+def test_teacher_forced_steps_and_gradients_equal_the_specification(T, B, N, strategy, dtype):
+    inputs = layer(T, B, N, dtype)
+    x, *weights, v_reset, _ = inputs
+    g_out = torch.randn_like(x)
+    spikes, v_final, v_saved, gradients = run(inputs, g_out, plan_of(x, strategy))
+    assert 0.02 < spikes.double().mean() < 0.98
+    check_steps(inputs, spikes, v_final, v_saved)
+    exact = [t.double() for t in (g_out, x, *weights, v_reset, spikes, v_saved)]
+    expected = reference.gpn_backward(
+        exact[0], None, *exact[1:], "full", "atan", 2.0, every=1, mean=False
+    )
+    check_gradients(gradients, expected, TOLERANCES[dtype].gradient)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("T, B, N", [(100, 2, 32), on_gpu(100, 256, 128), on_gpu(100, 256, 256)])
+def test_few_spikes_differ_from_float64_under_autocast(T, B, N, dtype):
+    x, *weights, v_reset, _ = layer(T, B, N, gain=0.7)
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        spikes, _ = gpn(x, *weights, v_reset, backend="triton")
+    assert spikes.dtype == dtype
+    exact = [t.double() for t in (x.to(dtype), *weights, v_reset, v_reset)]
+    expected, _ = reference.gpn_loop(*exact)
+    assert 0.02 < expected.mean() < 0.98
+    assert (spikes != expected).double().mean() <= FLIPS
+
+
+@pytest.mark.parametrize("strategy", ["persistent", "stepwise"])
+@pytest.mark.parametrize("T, B, N", [(9, 3, 16), on_gpu(2100, 8192, 128)])
+def test_offsets_beyond_2_to_the_31_reach_the_right_elements(T, B, N, strategy):
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 70 << 30:
+        pytest.skip("needs 70 GiB of free device memory")
+    inputs = layer(T, B, N, FLOAT16)
+    x, *weights, v_reset, _ = inputs
+    # weight_x x for all steps at once: T B 4 N elements in one tensor
+    plan = plan_of(x, strategy, forward_steps=T)
+    g_out = torch.randn_like(x)
+    spikes, v_final, v_saved, gradients = run(inputs, g_out, plan)
+    first = T - 6
+    check_steps(inputs, spikes, v_final, v_saved, first)
+    # the last steps' backward needs nothing of the steps before
+    exact = [t.double() for t in (g_out[first:], x[first:], *weights, v_reset)]
+    expected = reference.gpn_backward(
+        exact[0], None, *exact[1:], spikes[first:].double(), v_saved[first:].double(),
+        "full", "atan", 2.0, every=1, mean=False,
+    )  # fmt: skip
+    check_gradients([gradients[0][first:]], expected[:1], TOLERANCES[FLOAT16].gradient)
+
+
+def forward_backward(inputs, g_out, dtype=None):
+    """spikes, v_final and every gradient, through the operator, under autocast to dtype."""
+    x, *weights, v_reset, v0 = (t.detach().requires_grad_() for t in inputs)
+    with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+        spikes, v_final = gpn(x, *weights, v_reset, v0, backend="triton")
+    gradients = torch.autograd.grad([spikes], [x, *weights, v0], [g_out.to(spikes.dtype)])
+    return [spikes.detach(), v_final.detach(), *gradients]
+
+
+@pytest.mark.parametrize("dtype", [None, BFLOAT16])
+@pytest.mark.parametrize("T, B, N", [(3, 5, 16), on_gpu(100, 256, 128), on_gpu(50, 256, 512)])
+def test_every_run_gives_the_same_bits(T, B, N, dtype):
+    inputs = layer(T, B, N)
+    g_out = torch.randn_like(inputs[0])
+    first = forward_backward(inputs, g_out, dtype)
+    for _ in range(3 if DEVICE.type == "cuda" else 1):
+        again = forward_backward(inputs, g_out, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, BFLOAT16, FLOAT16])
+@pytest.mark.parametrize("T, B, N", [(100, 256, 128), (50, 256, 512), (7, 13, 100)])
+def test_replaying_a_captured_graph_equals_running(T, B, N, dtype):
+    inputs = layer(T, B, N)
+    g_out = torch.randn_like(inputs[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward_backward(inputs, g_out, dtype)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = forward_backward(inputs, g_out, dtype)
+    # numbers the capture has not seen
+    for t in (*inputs, g_out):
+        t.mul_(0.9)
+    graph.replay()
+    expected = forward_backward(inputs, g_out, dtype)
+    torch.cuda.synchronize()
+    for got, value in zip(replayed, expected, strict=True):
+        assert torch.isfinite(got).all()
+        assert torch.equal(got, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, BFLOAT16])
+@pytest.mark.parametrize("T, B, N", [(20, 64, 128), (10, 64, 256)])
+def test_compiled_by_inductor_without_graph_breaks_and_agrees(T, B, N, dtype):
+    x, *weights, v_reset, v0 = layer(T, B, N)
+    leaves = [t.requires_grad_() for t in (x, *weights, v0)]
+
+    def loss(x, wx, wv, bias, v0):
+        with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+            spikes, v = gpn(2 * x, wx, wv, bias, v_reset, v0, backend="triton")
+        return (spikes.float() * torch.arange(N, device=x.device)).mean() + v.sin().mean()
+
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    # the same kernels on the same inputs; the cotangent's last digits are the compiler's
+    check_gradients(compiled, [g.double() for g in eager], 1e-5 if dtype is None else 1e-2)
+
+
+@pytest.mark.parametrize("T, B, N", [(64, 4, 16), on_gpu(2000, 256, 128), on_gpu(400, 256, 512)])
+def test_peak_memory_grows_with_the_length_by_what_is_saved(T, B, N, monkeypatch):
+    # chunks of an eighth of the sequence
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", T // 8 * B * 4 * N * 4)
+    peaks = []
+    for steps in (T, 2 * T):
+        inputs = layer(steps, B, N)
+        g_out = torch.randn_like(inputs[0])
+        run_once = lambda: forward_backward(inputs, g_out)  # noqa: B023, E731
+        run_once()
+        peaks.append(peak_bytes(run_once, DEVICE))
+    # spikes, v saved for backward and the gradient of x, float32 all; a tenth for the allocator
+    assert peaks[1] - peaks[0] < 1.1 * 3 * T * B * N * 4
