@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import measure
+from bench import measure, report
 from bench.cases import SIZES, Case, cases
 from bench.competitors import Unavailable
 from bench.counts import floor_seconds
@@ -25,6 +25,7 @@ from gpn_triton.train import provenance
 
 _contests = pytest.StashKey[dict[str, "Contest"]]()
 _left_out = pytest.StashKey[list[dict[str, str]]]()
+_records = pytest.StashKey[list[dict[str, Any]]]()
 _now = 0.0
 
 
@@ -57,7 +58,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Show the columns that mean something for rounds taken in turns, the fastest first."""
-    config.stash[_contests], config.stash[_left_out] = {}, []
+    config.stash[_contests], config.stash[_left_out], config.stash[_records] = {}, [], []
     given = " ".join(map(str, config.invocation_params.args))
     if "--benchmark-columns" not in given and hasattr(config.option, "benchmark_columns"):
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
@@ -244,6 +245,9 @@ def contest(request, benchmark, device, ceilings, header):
             **entered.info[subject],
             **info,
         )
+        request.config.stash[_records].append(
+            {**benchmark.extra_info, "group": group, "rounds": len(times.wall)}
+        )
         rounds = iter(times.wall)
 
         def advance() -> None:
@@ -262,15 +266,15 @@ def _ratio(times: list[float], others: list[float]) -> float:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    report = (yield).get_result()
-    if report.when == "call" and report.outcome != "passed":
-        reason = report.longrepr[2] if report.skipped else str(report.longrepr).splitlines()[-1]
+    result = (yield).get_result()
+    if result.when == "call" and result.outcome != "passed":
+        reason = result.longrepr[2] if result.skipped else str(result.longrepr).splitlines()[-1]
         params = item.callspec.params if hasattr(item, "callspec") else {}
         item.config.stash[_left_out].append(
             {
                 "group": _group(item),
                 "subject": params.get("subject", item.name),
-                "outcome": report.outcome,
+                "outcome": result.outcome,
                 "reason": reason.removeprefix("Skipped: "),
             }
         )
@@ -282,6 +286,16 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["machine_info"].pop("node", None)
     for record in output_json["benchmarks"]:
         record["params"] = {k: record["extra_info"].get(k) for k in ("case", "subject")}
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print what pytest-benchmark's tables lack, memory first of all, of cases at full size."""
+    full = [r for r in config.stash[_records] if not r["scaled"]]
+    if full:
+        terminalreporter.section("time, memory and floors of the cases at full size")
+    for name, group in report.by_group(full).items():
+        terminalreporter.write_line(f"\n{name}: {report.describe(group[0])}")
+        terminalreporter.write_line(report.table(group))
 
 
 def pytest_report_header(config):

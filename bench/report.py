@@ -96,8 +96,8 @@ def table(group: list[Record]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _shape(r: Record) -> str:
-    """The sizes of a record in words."""
+def describe(r: Record) -> str:
+    """The sizes of a record in words, and those its name stands for if they are larger."""
     hidden = "-".join(map(str, r["hidden"]))
     layers = f", N {hidden}" if hidden else ""
     return f"T {r['T']}, B {r['B']}{layers}, {r['inputs']} inputs, {r['dtype']}" + (
@@ -108,7 +108,8 @@ def _shape(r: Record) -> str:
     )
 
 
-def _by_group(found: Iterable[Record]) -> dict[str, list[Record]]:
+def by_group(found: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by case, the headline first."""
     groups: dict[str, list[Record]] = {}
     for record in found:
         groups.setdefault(record["group"], []).append(record)
@@ -133,8 +134,8 @@ def section(path: Path, contents: dict[str, Any], plots: dict[str, Path]) -> str
         f"({rate['source']}).",
         "",
     ]
-    for name, group in _by_group(found).items():
-        lines += [f"### {name}", "", _shape(group[0]) + ".", "", table(group), ""]
+    for name, group in by_group(found).items():
+        lines += [f"### {name}", "", describe(group[0]) + ".", "", table(group), ""]
     for name, plot in plots.items():
         lines += [f"![{name}]({plot.name})", ""]
     reasons: dict[tuple[str, str, str], int] = {}
