@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,8 +86,8 @@ def save_checkpoint(run: Path, state: dict[str, Any], epoch: int, step: int) -> 
 def load_checkpoint(run: Path) -> tuple[dict[str, Any], Path] | None:
     """The newest checkpoint of a run that can be read, with its path; None if there is none.
 
-    Files are loaded as data only; nothing in them is executed. A damaged newest file is reported
-    and the one before it used.
+    Files are loaded as data only; nothing in them is executed. A damaged newest file, down to one
+    flipped bit, is reported and the one before it used.
 
     Raises:
         ValueError: there are checkpoints, and none can be read.
@@ -94,13 +95,31 @@ def load_checkpoint(run: Path) -> tuple[dict[str, Any], Path] | None:
     paths = sorted(Path(run).glob("checkpoint-*.pt"), reverse=True)
     for path in paths:
         try:
+            _check_sums(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(state, dict):
                 return state, path
             reason = f"expected a dict, got {type(state).__name__}"
-        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        # what zipfile and torch raise for a file that is cut, altered or no checkpoint at all
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"checkpoint {path} cannot be read, trying the one before: {reason}")
     if paths:
         raise ValueError(f"resume: none of the checkpoints in {run} can be read")
     return None
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile unless a file's contents have their checksums, which torch.load ignores."""
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise zipfile.BadZipFile(f"{bad} does not have its checksum")

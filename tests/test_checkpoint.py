@@ -40,6 +40,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caps
         checkpoint.load_checkpoint(tmp_path)
 
 
+def test_one_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    weight = torch.arange(1000.0)
+    checkpoint.save_checkpoint(tmp_path, {"weight": weight, "step": 1}, 0, 1)
+    path = checkpoint.save_checkpoint(tmp_path, {"weight": weight, "step": 2}, 0, 2)
+    data = bytearray(path.read_bytes())
+    at = data.index(weight.numpy().tobytes())
+    data[at + 2000] ^= 1
+    path.write_bytes(data)
+    assert checkpoint.load_checkpoint(tmp_path)[0]["step"] == 1
+
+
 def test_loading_a_checkpoint_executes_nothing(tmp_path):
     class Evil:
         def __reduce__(self):
