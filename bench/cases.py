@@ -69,7 +69,7 @@ _SSC_HIDDEN = (512, 256, 128)
 _TABLE = [
     # against N, at the paper's batch
     *(
-        _case("recurrence", f"N{N}", (100, 256, (N,)), (20, 16, (N,)), compiled=N == 128)
+        _case("recurrence", f"N{N}", (100, 256, (N,)), (10, 16, (N,)), compiled=N == 128)
         for N in (64, 128, 256, 512, 1024)
     ),
     # against T and against B, at N = 128 (64 on a CPU)
@@ -84,15 +84,15 @@ _TABLE = [
     # the headline: the first layer of the SHD network, never scaled
     _case("layer", "shd", (100, 256, (128,)), (100, 256, (128,)), inputs=700, compiled=True),
     _case("layer", "ssc", (50, 256, (512,)), (10, 32, (512,)), inputs=700),
-    _case("layer", "wide", (20, 128, (1024,)), (5, 32, (1024,)), inputs=700),
-    _case("layer", "wide-deep", (60, 1024, (1024,)), (5, 32, (1024,)), inputs=1024),
+    _case("layer", "wide", (20, 128, (1024,)), (5, 16, (512,)), inputs=700),
+    _case("layer", "wide-deep", (60, 1024, (1024,)), (4, 32, (512,)), inputs=1024),
     _case("layer", "ssc-B2048", (100, 2048, (512,)), (10, 64, (512,)), inputs=700),
     _case("train_step", "shd-T20", (20, 32, (128,)), (20, 32, (128,)), **SHD),
     _case("train_step", "shd-T100", (100, 256, (128,)), (50, 64, (128,)), **SHD),
     _case("train_step", "ssc-T50", (50, 256, _SSC_HIDDEN), (10, 32, _SSC_HIDDEN), **SSC),
     _case("train_step", "ssc-T100-B2048", (100, 2048, _SSC_HIDDEN), (10, 64, _SSC_HIDDEN), **SSC),
-    _case("train_step", "shd-wide", (20, 128, (1024,)), (5, 32, (1024,)), **SHD),
-    _case("train_step", "ssc-wide", (60, 1024, (1024,) * 3), (4, 16, (1024,) * 3), **SSC),
+    _case("train_step", "shd-wide", (20, 128, (1024,)), (5, 16, (512,)), **SHD),
+    _case("train_step", "ssc-wide", (60, 1024, (1024,) * 3), (4, 16, (256,) * 3), **SSC),
     _case("epoch", "shd", (100, 256, (128,)), (20, 64, (128,)), **SHD),
     _case("epoch", "ssc", (50, 256, _SSC_HIDDEN), (5, 64, (128, 64)), **SSC),
     _case("binning", "shd", (100, 256, ()), (100, 64, ()), **SHD),
