@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # windows where none is asked for: Heidelberg spikes end before 1.4 s; the authors' clock is 1 s
 MAX_TIME = {"counts": 1.4, "authors": 1.0}
 
-# samples counted at once on a CPU: their events then stay in cache (EPYC, one thread, 256 samples of
+# samples counted at once on a CPU: their events then stay in cache (EPYC, 1 thread, 256 samples of
 # 4,200 events, T = 50, all augmentations: 49 ms so, 95 ms at once; without any: 13 and 15)
 CPU_SAMPLES = 32
 
