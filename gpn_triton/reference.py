@@ -32,31 +32,36 @@ GATES: dict[str, tuple[str, ...]] = {
     "no-b": ("f", "i", "theta"),
     "no-fitb": (),
 }
-# hoisted products cover this many rows of [B, G N] at a time: small enough to stay in cache on a
-# CPU, large enough for a full matrix product, and a bound on memory that does not grow with T
-CHUNK_ELEMENTS = 1 << 19
-
-
-def _tanh(z: Tensor) -> Tensor:
-    """tanh; outside autograd by the logistic function, which torch computes 4 times as fast on a
-    CPU (0.8 against 3.3 ns an element, one AVX-512 core)."""
-    return torch.tanh(z) if z.requires_grad else torch.sigmoid(2 * z).mul_(2).sub_(1)
+# hoisted products cover at least this many rows of T B at a time, and 4 N, so that reading the
+# weights and adding to their gradients does not outweigh the product; few enough to stay in a CPU's
+# cache, and a bound on memory that does not grow with T
+CHUNK_ROWS = 512
 
 
 def _gate_values(
-    z: Tensor | None, variant: str, names: Sequence[str] | None = None
+    z: Tensor | None, variant: str, names: Sequence[str] | None = None, activated: bool = False
 ) -> tuple[Tensor | float, ...]:
     """f, i, b, theta [..., N] of z [..., G N]; a gate the variant lacks is its constant.
 
-    names: the gates z holds, where they are not all of the variant's.
+    Outside autograd z is overwritten by the gates, tanh(z) = 2 sigmoid(2 z) - 1 among them: one
+    sigmoid over all is the fastest form on a CPU.
+
+    names: the gates z holds, where they are not all of the variant's. activated: z holds the gates
+    already.
     """
     names = GATES[variant] if names is None else names
     parts = dict(zip(names, z.chunk(len(names), -1), strict=True)) if names else {}
-    f = torch.sigmoid(parts["f"]) if "f" in parts else 0.5
-    i = torch.sigmoid(parts["i"]) if "i" in parts else (1 - f if "f" in parts else 0.5)
-    b = _tanh(parts["b"]) if "b" in parts else 0.0
-    theta = torch.sigmoid(parts["theta"]) if "theta" in parts else 1.0
-    return f, i, b, theta
+    if names and z.requires_grad:
+        parts = {k: torch.tanh(p) if k == "b" else torch.sigmoid(p) for k, p in parts.items()}
+    elif names and not activated:
+        if "b" in parts:
+            parts["b"].mul_(2)
+        z.sigmoid_()
+        if "b" in parts:
+            parts["b"].mul_(2).sub_(1)
+    f = parts.get("f", 0.5)
+    i = parts["i"] if "i" in parts else (1 - f if "f" in parts else 0.5)
+    return f, i, parts.get("b", 0.0), parts.get("theta", 1.0)
 
 
 def _next_v(h: Tensor, s: Tensor, b: Tensor | float, v_reset: Tensor) -> Tensor:
@@ -107,9 +112,9 @@ def gpn_loop(
     return torch.stack(spikes), v
 
 
-def _chunks(T: int, rows: int, every: int) -> Iterator[tuple[int, int]]:
-    """Time ranges of about CHUNK_ELEMENTS / rows steps, each a whole number of checkpoints."""
-    steps = max(1, CHUNK_ELEMENTS // max(1, rows))
+def _chunks(T: int, B: int, N: int, every: int) -> Iterator[tuple[int, int]]:
+    """Time ranges of about CHUNK_ROWS rows, each a whole number of checkpoints."""
+    steps = max(1, max(CHUNK_ROWS, 4 * N) // B)
     steps = max(every, steps // every * every)
     for start in range(0, T, steps):
         yield start, min(T, start + steps)
@@ -165,24 +170,23 @@ def gpn_forward(
     keep_bits = mean and every > 0
     bits = torch.zeros((-(-T // 32) if keep_bits else 0, B, N), dtype=torch.int32, device=x.device)
     v = v0
-    for start, stop in _chunks(T, B * max(1, len(GATES[variant])) * N, 1):
+    # where nothing has to be cast, spikes and membranes are written to their place at once
+    direct = not mean and x.dtype == state
+    for start, stop in _chunks(T, B, N, 1):
         x_chunk = x[start:stop].to(state)
-        z_chunk = None
-        if GATES[variant]:
-            z_chunk = F.linear(x_chunk, weight_x, bias)
+        z_chunk = F.linear(x_chunk, weight_x, bias) if GATES[variant] else None
         for t in range(start, stop):
             if every and t % every == 0:
                 v_saved[t // every] = _storable(v, saved_dtype)
             z = None if z_chunk is None else z_chunk[t - start].addmm_(v, weight_v.t())
             f, i, b, theta = _gate_values(z, variant)
             h = f * v + i * x_chunk[t - start]
-            fired = h >= theta
-            s = fired.to(state)
+            s = torch.ge(h, theta, out=spikes[t]) if direct else (h >= theta).to(state)
             if mean:
                 spikes += s
                 if keep_bits:
-                    bits[t // 32] |= fired.to(torch.int32) << (t % 32)
-            else:
+                    bits[t // 32] |= s.to(torch.int32) << (t % 32)
+            elif not direct:
                 spikes[t] = s
             v = _next_v(h, s, b, v_reset)
     return (spikes / T if mean else spikes), v, v_saved, bits
@@ -191,7 +195,8 @@ def gpn_forward(
 def _replay(
     saved: Tensor, x: Tensor, s: Tensor, z: Tensor | None, weight_v, v_reset, variant, every
 ) -> Tensor:
-    """v [n, B, N] at every step from the v saved every `every` steps; completes z, given without v.
+    """v [n, B, N] at every step from the v saved every `every` steps; z, given without v's part, is
+    completed and overwritten by the gates.
 
     The saved spikes reset it, never recomputed ones: rounding could cross the threshold the other
     way, and a hard reset would make that a large error.
@@ -262,7 +267,7 @@ def gpn_backward(
         weight_rows, bias_rows = weight_xv[rows], bias[rows]
     v_after = None
 
-    for start, stop in reversed(list(_chunks(T, B * max(1, len(names)) * N, every))):
+    for start, stop in reversed(list(_chunks(T, B, N, every))):
         n = stop - start
         x_c = x[start:stop].to(state).contiguous()
         s_c = (unpack_spikes(spikes, start, stop) if mean else spikes[start:stop]).to(state)
@@ -278,7 +283,7 @@ def gpn_backward(
 
         f, i, b, theta = (
             gate if isinstance(gate, Tensor) else one * gate
-            for gate in _gate_values(z, variant, [names[k] for k in recomputed])
+            for gate in _gate_values(z, variant, [names[k] for k in recomputed], every > 1)
         )
         h = torch.addcmul(f * v_c, x_c, i)
         if find_b:
@@ -334,7 +339,7 @@ def _last_b(xv: Tensor, weight_xv: Tensor, bias: Tensor, names: tuple[str, ...])
     """b [B, N] of one step from [x, v] [B, 2 N]."""
     k = names.index("b")
     N = xv.shape[-1] // 2
-    return _tanh(F.linear(xv, weight_xv[k * N : (k + 1) * N], bias[k * N : (k + 1) * N]))
+    return torch.tanh(F.linear(xv, weight_xv[k * N : (k + 1) * N], bias[k * N : (k + 1) * N]))
 
 
 def lif_loop(
