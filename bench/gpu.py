@@ -526,6 +526,15 @@ def run_part(name: str, setting: Setting, record: Path) -> None:
             print(f"[{name}] {label}: {describe(row)}", flush=True)
 
 
+def finish(process: subprocess.Popen, seconds: float) -> None:
+    """Wait so long for a process, then stop it with all that it started."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def run_parts(parts: list[str], setting: Setting, record: Path) -> None:
     """Run parts one after the other in processes of their own, within the budget."""
     child = [sys.executable, "-m", "bench.gpu", "--record", str(record), "--out", str(setting.out)]
@@ -534,10 +543,12 @@ def run_parts(parts: list[str], setting: Setting, record: Path) -> None:
         child.append("--dry-run")
         environment["TRITON_INTERPRET"] = "1"
     else:
-        ahead = subprocess.Popen([*child, "--child", "compile-ahead"], cwd=ROOT)
+        command = [*child, "--child", "compile-ahead"]
+        ahead = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     for name in parts:
         if ahead is not None and name != "tests":
-            ahead.wait()
+            finish(ahead, 30)
+            ahead = None
         limit = min(setting.left, PARTS[name][1])
         status, error = None, "no time left"
         if limit > 5:
@@ -552,7 +563,7 @@ def run_parts(parts: list[str], setting: Setting, record: Path) -> None:
             write_json(record, contents)
             print(f"[{name}] {error}", flush=True)
     if ahead is not None:
-        ahead.wait()
+        finish(ahead, 0)
 
 
 def pivot(rows: list[Row]) -> str:
