@@ -1,12 +1,13 @@
 """Batches of samples as spike counts [T, B, C], with augmentation drawn afresh for every epoch.
 
-The specification, and what runs on a CPU. Every random draw is a hash of where it is used,
+The specification, what runs on a CPU, and the choice of kernels/binning.py on a GPU. Every random
+draw is a hash of where it is used,
 
     draw(key, stream, sample, event) = mix(.. mix(mix(key[0]) ^ key[1]) .. ^ event)   32 bits
 
 so it needs no generator state and does not depend on the batch's other samples, on their order or
 on the number of processes. All arithmetic is exact in uint32, or float32 with one rounding an
-operation, so that a kernel compiled without fused multiply-add reproduces every count.
+operation, so that the kernel, compiled without fused multiply-add, reproduces every count.
 
 Per event, in this order: augmentation (channel shift, stretch, jitter, drop), then the noise
 events, which are not themselves augmented, then the bin and the channel.
@@ -17,10 +18,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpn_triton.data.events import EventStore
+from gpn_triton.ops import BACKENDS, triton_unavailable
 
 STYLES = ("counts", "authors")
 OVERFLOWS = ("drop", "clip")
@@ -129,7 +132,7 @@ class DeviceEvents:
         device: where the tensors shall be.
     Attributes:
         times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, labels [S]
-        int64: as in EventStore. num_channels: C.
+        int64: as in EventStore. num_channels: C. longest: events of the longest sample.
     """
 
     def __init__(self, store: EventStore, device: torch.device | str = "cpu"):
@@ -139,6 +142,7 @@ class DeviceEvents:
         self.offsets = torch.from_numpy(store.offsets).to(device)
         self.labels = torch.from_numpy(store.labels).to(device)
         self.num_channels = store.num_channels
+        self.longest = int(np.diff(store.offsets).max(initial=0))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -151,15 +155,18 @@ def bin_batch(
     augmentation: Augmentation | None = None,
     draw_key: Tensor | tuple[int, int] | None = None,
     out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Count the events of some samples by time bin and channel.
 
-    On a GPU the host waits for the number of events (and of noise events), so this function cannot
-    be captured in a CUDA graph; its draws could.
+    With the Triton kernels the host waits for nothing and learns nothing of the data: a CUDA graph
+    can hold the call if draw_key is a tensor, and counts anew from the indices and the key that it
+    finds in them. In torch on a GPU the host waits for the number of events and of noise events.
 
     Args:
         events: all samples.
-        indices [B] int64: which samples, in which order; on the events' device.
+        indices [B] int64: which samples, in which order; on the events' device. The kernels do not
+            check that there are such samples.
         config: bins, window, channels and dtype.
         augmentation: what to change; None: nothing.
         draw_key [2] int64: what the draws depend on beside the sample and the event, such as
@@ -167,10 +174,15 @@ def bin_batch(
             integers. Needed with an augmentation.
         out [T, B, ceil(C / channel_bin)] float32, contiguous: where to count, overwritten. Default:
             a new tensor, whose first touch on a CPU costs as much as counting once it is large.
+        backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto: triton
+            for CUDA tensors where the kernels can run, else torch. Counts are the same, bit for
+            bit. A backend asked for by name runs or raises.
     Returns:
         counts [T, B, ceil(C / channel_bin)] of config.dtype; `out` itself where that is float32.
     Raises:
-        ValueError: indices or out of another type or shape, or an augmentation without a key.
+        ValueError: indices or out of another type or shape, an augmentation without a key, or an
+            unknown backend.
+        RuntimeError: the backend asked for cannot run here.
     """
     if indices.dtype != torch.int64 or indices.ndim != 1:
         raise ValueError(f"indices: expected int64 [B], got {indices.dtype} {list(indices.shape)}")
@@ -178,18 +190,44 @@ def bin_batch(
         raise ValueError("draw_key: expected two integers beside an augmentation, got None")
     T, B, C = config.time_bins, len(indices), events.num_channels
     shape = (T, B, -(-C // config.channel_bin))
-    if out is None:
-        out = torch.zeros(shape, dtype=torch.float32, device=indices.device)
-    elif out.dtype != torch.float32 or out.shape != shape or not out.is_contiguous():
+    if out is not None and (
+        out.dtype != torch.float32 or out.shape != shape or not out.is_contiguous()
+    ):
         raise ValueError(
             f"out: expected contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}"
         )
+    if _choose_backend(backend, events.times) == "triton":
+        from gpn_triton.kernels.binning import binning_count
+
+        key = None
+        if augmentation is not None:
+            key = torch.as_tensor(draw_key, dtype=torch.int64, device=indices.device).contiguous()
+        with torch.cuda.device_of(indices):
+            return binning_count(
+                events.times, events.units, events.offsets, indices.contiguous(), key,
+                C, events.longest, config, augmentation, out,
+            )  # fmt: skip
+
+    if out is None:
+        out = torch.zeros(shape, dtype=torch.float32, device=indices.device)
     else:
         out.zero_()
     step = CPU_SAMPLES if indices.device.type == "cpu" else max(B, 1)
     for a in range(0, B, step):
         _count(out, a, events, indices[a : a + step], config, augmentation, draw_key)
     return out.to(config.dtype)
+
+
+def _choose_backend(backend: str, times: Tensor) -> str:
+    """torch or triton; raises RuntimeError if triton was asked for and cannot run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and not times.is_cuda):
+        return "torch"
+    reason = triton_unavailable(times)
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {reason}")
+    return "triton" if reason is None else "torch"
 
 
 def _count(
