@@ -401,12 +401,12 @@ def run_limited(command: list[str], seconds: float, **options: Any) -> int | Non
             return None
 
 
-def run_pytest(setting: Setting, name: str, workers: int, *arguments: str) -> Row:
-    """Run tests and count their outcomes.
+def run_pytest(setting: Setting, workers: int, *arguments: str) -> Row:
+    """Run tests and count their outcomes; the output goes to pytest.log in setting.out.
 
     Args:
-        name: of the log in setting.out. workers: processes, where pytest-xdist is installed:
-            compiling takes most of the time. arguments: of pytest.
+        workers: processes, where pytest-xdist is installed: compiling takes most of the time.
+        arguments: of pytest.
     Raises:
         RuntimeError: a test failed, or time ran out; with the end of the log.
     """
@@ -414,10 +414,12 @@ def run_pytest(setting: Setting, name: str, workers: int, *arguments: str) -> Ro
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "--durations=5", *arguments]
     if importlib.util.find_spec("xdist") and workers > 1:
         command += ["-n", str(workers)]
-    log = setting.out / f"{name}.log"
-    with log.open("w") as file:
-        status = run_limited(command, seconds, stdout=file, stderr=subprocess.STDOUT)
-    lines = [line for line in log.read_text().splitlines() if not line.startswith("SKIPPED")]
+    with (setting.out / "pytest.log").open("ab+") as log:
+        start = log.tell()
+        status = run_limited(command, seconds, stdout=log, stderr=subprocess.STDOUT)
+        log.seek(start)
+        output = log.read().decode(errors="replace")
+    lines = [line for line in output.splitlines() if not line.startswith("SKIPPED")]
     if status != 0:
         how = f"stopped after {seconds:.0f} s" if status is None else f"pytest ended with {status}"
         raise RuntimeError("\n".join([how, *lines[-60:]]))
@@ -431,7 +433,7 @@ def tests(setting: Setting) -> Iterator[Job]:
     marked = [] if setting.tiny else ["-m", "gpu"]
     for name, which, workers in (("gpu", "not 2_to_the_31", 6), ("gpu-large", "2_to_the_31", 1)):
         arguments = ["tests/test_kernels_gpu.py", *marked, "-k", which]
-        yield name, functools.partial(run_pytest, setting, name, workers, *arguments)
+        yield name, functools.partial(run_pytest, setting, workers, *arguments)
 
 
 def more_tests(setting: Setting) -> Iterator[Job]:
@@ -439,7 +441,7 @@ def more_tests(setting: Setting) -> Iterator[Job]:
     arguments = ["tests/test_kernels_interpreted.py"]
     if setting.tiny:
         arguments += ["-k", "stepwise_equals and 1-1-1"]
-    yield "kernels", functools.partial(run_pytest, setting, "kernels", 6, *arguments)
+    yield "kernels", functools.partial(run_pytest, setting, 6, *arguments)
 
 
 def benchmarks(setting: Setting) -> Iterator[Job]:
@@ -449,7 +451,7 @@ def benchmarks(setting: Setting) -> Iterator[Job]:
         name = f"bench_{kind}"
         record = f"--benchmark-json={setting.out / name}.json"
         arguments = [f"bench/{name}.py", "--benchmark-only", record, *sizes]
-        yield kind, functools.partial(run_pytest, setting, name, 1, *arguments)
+        yield kind, functools.partial(run_pytest, setting, 1, *arguments)
 
 
 # name -> what to do, and the most seconds it may take of a budget of 460
