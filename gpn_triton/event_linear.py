@@ -1,0 +1,103 @@
+"""A linear layer over binned events: weight rows are gathered and added, no zeros multiplied.
+
+    y[t, b]        = bias + sum of weight[:, c] over the events of time bin t and sample b
+    g_weight[:, c] = sum of g_y[t, b] over the events of channel c
+
+Both are sums of table rows over segments of a sorted list (torch's embedding_bag), each sum taken
+in the list's order: no dense counts exist, and results do not change from run to run. They equal
+those of F.linear on the counts but for the order of float sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Binned events of a batch, one entry an event, sorted by time bin, sample and channel.
+
+    shape: (T, B, C) of the counts. channel [E], row [E] int: input channel and t B + b of each
+    event. row_start [T B + 1] int: where each row's events begin in channel.
+    """
+
+    shape: tuple[int, int, int]
+    channel: Tensor
+    row: Tensor
+    row_start: Tensor
+
+    @classmethod
+    def from_cells(cls, cell: Tensor, shape: tuple[int, int, int]) -> Cells:
+        """Sort events by their place in the counts.
+
+        Args:
+            cell [E] int64: place of each event in counts.flatten(), in any order. shape: (T, B, C).
+        """
+        T, B, C = shape
+        short = torch.int32 if T * B * C < 1 << 31 else torch.int64
+        cell = cell.to(short).sort().values
+        row = cell // C
+        return cls(shape, cell - row * C, row, _starts(row, T * B))
+
+    def dense(self) -> Tensor:
+        """The counts [T, B, C] float32."""
+        T, B, C = self.shape
+        cell = self.row.long() * C + self.channel
+        counts = torch.zeros(T * B * C, device=cell.device)
+        # sums of ones are exact in whatever order
+        return counts.index_add_(0, cell, torch.ones_like(cell, dtype=counts.dtype)).view(T, B, C)
+
+
+def event_linear(cells: Cells, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear(cells.dense(), weight, bias), differentiable once in weight and bias.
+
+    Sums are in weight's dtype, whatever autocast says; the result has autocast's dtype.
+
+    Args:
+        cells: T bins, B samples, C channels. weight [N, C] float, bias [N] float.
+    Returns:
+        y [T, B, N] of weight's dtype, or autocast's.
+    Raises:
+        ValueError: weight or bias of another shape.
+    """
+    T, B, C = cells.shape
+    if weight.ndim != 2 or weight.shape[1] != C or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"weight: expected [N, {C}] and bias [N], got {list(weight.shape)} {list(bias.shape)}"
+        )
+    y = _EventLinear.apply(cells, weight, bias).view(T, B, len(weight))
+    if torch.is_autocast_enabled(y.device.type):
+        y = y.to(torch.get_autocast_dtype(y.device.type))
+    return y
+
+
+class _EventLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, cells, weight, bias):
+        ctx.cells = cells
+        return _sum_rows(weight.t().contiguous(), cells.channel, cells.row_start).add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_y):
+        cells = ctx.cells
+        channel, order = cells.channel.sort(stable=True)
+        row = cells.row.index_select(0, order)
+        g_weight = _sum_rows(g_y.contiguous(), row, _starts(channel, cells.shape[2]))
+        return None, g_weight.t(), g_y.sum(0)
+
+
+def _sum_rows(table: Tensor, index: Tensor, start: Tensor) -> Tensor:
+    """out[s] = sum of table[index[e]] for start[s] <= e < start[s + 1]: [S, N]."""
+    return F.embedding_bag(index, table, start, mode="sum", include_last_offset=True)
+
+
+def _starts(group: Tensor, groups: int) -> Tensor:
+    """start [groups + 1]: where each group begins in a sorted list of group numbers."""
+    numbers = torch.arange(groups + 1, dtype=group.dtype, device=group.device)
+    return torch.searchsorted(group, numbers, out_int32=group.dtype == torch.int32)
