@@ -162,6 +162,16 @@ def test_a_sample_of_65_thousand_events_does_not_spill_into_the_next_cell(
     assert_as_the_twin(crowd(events), [0], config, augmentation, (1, 1))
 
 
+@pytest.mark.parametrize("overflow, expected", [("drop", [3, 4]), ("clip", [3, 4, 5, 6])])
+def test_the_window_holds_0_but_not_its_end(overflow, expected):
+    end = np.float32(1.4)
+    times = np.array([0, np.nextafter(end, np.float32(0)), end, 1.5], np.float32)
+    units = np.array([3, 4, 5, 6], np.uint16)
+    store = dataclasses.replace(crowd(4, 9), times=times, units=units)
+    counts = assert_as_the_twin(store, [0], BinningConfig(20, 1.4, overflow=overflow))
+    assert counts.nonzero()[:, 2].tolist() == expected
+
+
 def test_units_above_32767_are_counted_in_their_place():
     store = dataclasses.replace(crowd(2, 65_536), units=np.array([40_000, 65_535], np.uint16))
     counts = assert_as_the_twin(store, [0], BinningConfig(1, dtype=torch.float16))
