@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import Augmentation, BinningConfig, DeviceEvents, bin_batch
+from gpn_triton.data import (
+    Augmentation,
+    BinningConfig,
+    DeviceEvents,
+    bin_batch,
+    bin_cells,
+    prefers_cells,
+)
 from gpn_triton.distributed import World
+from gpn_triton.event_linear import Cells
 from gpn_triton.model import SpikingClassifier
 
 
@@ -94,7 +102,12 @@ class Engine:
         self.bad_parameters = torch.zeros(len(self.parameter_names), device=device)
 
     def _forward(
-        self, model: nn.Module, x: Tensor, labels: Tensor, rows: tuple[int, int], counted: int
+        self,
+        model: nn.Module,
+        x: Tensor | Cells,
+        labels: Tensor,
+        rows: tuple[int, int],
+        counted: int,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the loss, and [loss, correct, samples, activity ...] for the running totals."""
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
@@ -103,6 +116,19 @@ class Engine:
         correct = (logits.argmax(1) == labels).sum() * min(counted, 1)
         totals = torch.stack([loss.detach(), correct, torch.full_like(correct, counted)])
         return loss, torch.cat([totals, activity * counted])
+
+    def _input(
+        self,
+        events: DeviceEvents,
+        share: Tensor,
+        augmentation: Augmentation | None = None,
+        key: Tensor | None = None,
+    ) -> Tensor | Cells:
+        """Samples as counts, or as a list of events where a Linear reads few of them on a CPU."""
+        sparse = self.amp is None and hasattr(self.model.inputs[0], "weight")
+        if sparse and prefers_cells(events, self.binning):
+            return bin_cells(events, share, self.binning, augmentation, key)
+        return bin_batch(events, share, self.binning, augmentation, key)
 
     def train_step(self, events: DeviceEvents, indices: Tensor, key: Tensor) -> Tensor:
         """Update the network on one batch.
@@ -114,7 +140,7 @@ class Engine:
             totals [3 + layers] of this process's share: loss, correct, samples, activity.
         """
         share, rows, counted = self.world.part(indices)
-        x = bin_batch(events, share, self.binning, self.augmentation, key)
+        x = self._input(events, share, self.augmentation, key)
         loss, totals = self._forward(self.trained, x, events.labels[share], rows, counted)
         # gradients are averaged over processes: this makes them those of the whole batch's mean
         loss = loss * (self.world.size / len(indices))
@@ -173,7 +199,7 @@ class Engine:
         totals = torch.zeros(3 + len(self.cfg.hidden), dtype=torch.float64, device=self.device)
         for indices in torch.arange(len(events), device=self.device).split(self.cfg.batch_size):
             share, rows, counted = self.world.part(indices)
-            x = bin_batch(events, share, self.binning)
+            x = self._input(events, share)
             totals += self._forward(self.model, x, events.labels[share], rows, counted)[1]
         self.model.train()
         return means(self.world.sum(totals))

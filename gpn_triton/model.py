@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpn_triton.event_linear import Cells, event_linear
 from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout, Rows
 from gpn_triton.reference import GATES
 
@@ -115,11 +116,12 @@ class SpikingClassifier(nn.Module):
         else:
             self.output = nn.Linear(sizes[-1], classes)
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | Cells, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
         """Classify a batch.
 
         Args:
-            x [T, B, C] float: events counted in each bin and channel.
+            x [T, B, C] float: events counted in each bin and channel; or the events themselves,
+                whose first product then multiplies no zeros (not for lstm, gru, rnn and cnn).
             rows: (first, total) where x is rows first.. of a batch of `total`: the random draws of
                 training then are those rows' of the whole batch.
         Returns:
@@ -129,7 +131,11 @@ class SpikingClassifier(nn.Module):
         activity = []
         for linear, neuron in zip(self.inputs, self.neurons, strict=True):
             draws = {"rows": rows} if isinstance(neuron, GPN) else {}
-            x = neuron(linear(x), **draws)[0]
+            if isinstance(x, Cells):
+                x = event_linear(x, linear.weight, linear.bias)
+            else:
+                x = linear(x)
+            x = neuron(x, **draws)[0]
             activity.append(x.detach().float().mean())
             x = self.dropout(x, rows)
         if self.neuron == "cnn":

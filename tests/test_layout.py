@@ -21,7 +21,12 @@ ARROWS = {
         "gpn_triton.kernels.recurrence_backward",
     },
     "gpn_triton.layers": {"gpn_triton.ops", "gpn_triton.reference"},
-    "gpn_triton.model": {"gpn_triton.layers", "gpn_triton.reference"},
+    "gpn_triton.event_linear": set(),
+    "gpn_triton.model": {
+        "gpn_triton.event_linear",
+        "gpn_triton.layers",
+        "gpn_triton.reference",
+    },
     "gpn_triton.checkpoint": set(),
     "gpn_triton.curves": {"gpn_triton.checkpoint"},
     "gpn_triton.distributed": set(),

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from gpn_triton.data.binning import Augmentation, BinningConfig, DeviceEvents, bin_batch
+from gpn_triton.data.binning import (
+    Augmentation,
+    BinningConfig,
+    DeviceEvents,
+    bin_batch,
+    bin_cells,
+    prefers_cells,
+)
 from gpn_triton.data.download import PARTS, fetch
 from gpn_triton.data.events import EventStore, check_range
 from gpn_triton.data.hdf5 import check_file, read_events, write_events
@@ -22,10 +29,12 @@ __all__ = [
     "EventStore",
     "Splits",
     "bin_batch",
+    "bin_cells",
     "choose_split",
     "fetch",
     "hold_out_speakers",
     "load_splits",
+    "prefers_cells",
     "read_events",
     "stratified_split",
     "write_events",
