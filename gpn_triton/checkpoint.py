@@ -70,8 +70,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"weights: {path} does not fit this network: {first}") from None
+        # the first of several lines says only that there is an error
+        lines = str(error).strip().splitlines()
+        reason = lines[min(1, len(lines) - 1)].strip()
+        raise ValueError(f"weights: {path} does not fit this network: {reason}") from None
 
 
 def save_checkpoint(run: Path, state: dict[str, Any], epoch: int, step: int) -> Path:
