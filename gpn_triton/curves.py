@@ -41,7 +41,7 @@ def draw_curves(path: Path, epochs: list[dict[str, Any]], title: str) -> None:
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    best = max(epochs, key=lambda line: line["valid_accuracy"])
+    best = max(epochs, key=lambda line: (line["valid_accuracy"], -line["valid_loss"]))
     middle.axvline(best["epoch"], color="0.6", linewidth=0.8, linestyle=":")
     figure.suptitle(title, fontsize=10)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
