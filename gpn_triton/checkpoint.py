@@ -125,3 +125,32 @@ def _check_sums(path: Path) -> None:
         bad = archive.testzip()
     if bad is not None:
         raise zipfile.BadZipFile(f"{bad} does not have its checksum")
+
+
+def check_form(found: Any, expected: Any, where: str) -> None:
+    """Raise ValueError unless a state has the keys, types and tensor shapes of another.
+
+    Args:
+        found: from a file. expected: a state of this run; None in it fits anything, an empty dict
+            or list any dict or list. where: names the state in the error.
+    """
+    if expected is None:
+        return
+    # a float may have come as a whole number
+    if type(found) is not type(expected) and (type(expected), type(found)) != (float, int):
+        wanted, got = type(expected).__name__, type(found).__name__
+        raise ValueError(f"{where}: expected {wanted}, got {got}")
+    if isinstance(expected, torch.Tensor):
+        for wanted, got in ((expected.shape, found.shape), (expected.dtype, found.dtype)):
+            if wanted != got:
+                raise ValueError(f"{where}: expected {wanted}, got {got}")
+    elif isinstance(expected, dict) and expected:
+        if different := sorted(map(str, found.keys() ^ expected.keys())):
+            raise ValueError(f"{where}: {different[0]} is in only one of it and this run")
+        for key, value in expected.items():
+            check_form(found[key], value, f"{where}: {key}")
+    elif isinstance(expected, list) and expected:
+        if len(found) != len(expected):
+            raise ValueError(f"{where}: expected {len(expected)} values, got {len(found)}")
+        for k, value in enumerate(expected):
+            check_form(found[k], value, f"{where}: {k}")

@@ -200,17 +200,16 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        for name in ("seed", "hidden"):
+        for name in ("seed", "hidden", "track"):
             value = getattr(self, name)
-            values = (value,) if isinstance(value, int) else tuple(value)
-            object.__setattr__(self, name, values)
-            if not values or not all(_is_int(v) for v in values):
-                raise ValueError(f"{name}: expected whole numbers, got {value!r}")
-        if len(set(self.seed)) < len(self.seed):
-            raise ValueError(f"seed: expected different seeds, got {list(self.seed)}")
-        object.__setattr__(self, "track", tuple(self.track))
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+            elif _is_int(value):
+                object.__setattr__(self, name, (value,))
         for f in dataclasses.fields(self):
             _check_type(f, getattr(self, f.name))
+        if len(set(self.seed)) < len(self.seed):
+            raise ValueError(f"seed: expected different seeds, got {list(self.seed)}")
         for names, test, expected in (
             (("hidden",), lambda v: all(n >= 1 for n in v), "sizes of at least 1"),
             (("seed",), lambda v: all(n >= 0 for n in v), "0 or more"),
@@ -242,7 +241,7 @@ class TrainConfig:
         if self.dataset not in DATASETS and not self.dataset.endswith((".h5", ".hdf5")):
             raise ValueError(
                 f"dataset: expected {', '.join(DATASETS)} or a file ending in .h5, "
-                f"got {self.dataset!r}"
+                f"got {_short(self.dataset)}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -251,7 +250,8 @@ class TrainConfig:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is a whole number of a size that sizes, counts and seeds have."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
 
 
 def _plain(value: Any) -> Any:
@@ -264,19 +264,26 @@ def _check_type(f: dataclasses.Field, value: Any) -> None:
         return
     choices = f.metadata.get("choices")
     values = value if isinstance(value, tuple) else (value,)
-    if choices is not None and not all(v in choices for v in values):
-        raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
+    # a list of them, since a value that cannot be hashed cannot be looked up in a dict
+    if choices is not None and not all(v in list(choices) for v in values):
+        raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {_short(value)}")
     kind = f.type.split(" | ")[0]
     fits = {
         "int": _is_int(value),
         "float": _is_int(value) or (isinstance(value, float) and math.isfinite(value)),
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
-        "tuple[int, ...]": True,
-        "tuple[str, ...]": True,
+        "tuple[int, ...]": isinstance(value, tuple) and value and all(map(_is_int, value)),
+        "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(v, str) for v in value),
     }[kind]
     if not fits:
-        raise ValueError(f"{f.name}: expected {kind}, got {value!r}")
+        kind = "whole numbers" if kind == "tuple[int, ...]" else kind
+        raise ValueError(f"{f.name}: expected {kind}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(_plain(value))
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -317,8 +324,8 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
             return _of_run(flags, source)
     values = _read_toml(flags["config"]) if "config" in flags else {}
     preset = flags.get("preset", values.get("preset"))
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset is not None and preset not in list(PRESETS):
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {_short(preset)}")
     given = {**values, **flags}
     if "train_file" in given and "dataset" in given:
         raise ValueError("dataset: expected either --dataset or --train-file, got both")
@@ -347,7 +354,8 @@ def _of_run(flags: dict[str, Any], source: str) -> TrainConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{source}: {run} is not a run folder: no config.json") from None
-    except ValueError as error:
+    # a file of brackets is too deep for the parser
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: {path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{source}: {path}: expected an object, got {type(values).__name__}")
@@ -378,7 +386,7 @@ def _read_toml(path: str) -> dict[str, Any]:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"config: no such file: {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config: {path} is not valid TOML: {error}") from None
     values = {k.replace("-", "_"): v for k, v in values.items()}
     from_dict(values, f"config {path}")

@@ -217,6 +217,19 @@ class Engine:
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
 
+    def expected_state(self) -> dict[str, Any]:
+        """A state of the form that state_dict has once a step was made; see checkpoint.check_form.
+
+        The random state of a GPU is missing where a run is taken up on another kind of device.
+        """
+        state = self.state_dict() | {"random_cuda": None}
+        moments = {
+            k: {"step": torch.zeros(()), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
+            for k, p in enumerate(self.model.parameters())
+        }
+        state["optimizer"] = state["optimizer"] | {"state": moments}
+        return state
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what state_dict returned."""
         self.model.load_state_dict(state["model"])

@@ -102,19 +102,39 @@ def train(
 
     metrics = run / "metrics.jsonl"
     header = {"config": {**cfg.to_dict(), "seed": seed}, **provenance(device)}
+    # what the result depends on; where things are may change
+    places = ("device", "backend", "data_dir", "cache_dir", "download", "out", "config", "track")
+    computes = {
+        name: value
+        for name, value in header["config"].items()
+        if name not in (*places, "resume", "eval_only", "dataset") and not name.endswith("_file")
+    }
     header |= {"processes": world.size, "class_names": splits.train.class_names}
     last_good = "none yet"
     found = checkpoint.load_checkpoint(run)
     if found:
         state, path = found
+        expected = {
+            "engine": engine.expected_state(),
+            "progress": progress,
+            "totals": totals.cpu(),
+            "fingerprint": fingerprint,
+            "computes": computes,
+        }
+        checkpoint.check_form(state, expected, f"resume: {path} is not of this run")
+        for name, value in computes.items():
+            if state["computes"][name] != value:
+                raise ValueError(
+                    f"resume: {path} is of another run: {name} {state['computes'][name]} there, "
+                    f"{value} here"
+                )
         if state["fingerprint"] != fingerprint:
             raise ValueError(f"resume: the data have changed since {path} was written")
         engine.load_state_dict(state["engine"])
         progress = state["progress"]
         if world.is_writer:
             totals = state["totals"].to(device)
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        header, epochs = lines[0], lines[1 : 1 + progress["epoch"]]
+        header, epochs = _read_metrics(metrics, progress["epoch"], len(cfg.hidden))
         last_good = str(path)
         say(f"resumed from {path}")
     if world.is_writer:
@@ -127,6 +147,7 @@ def train(
             "progress": progress,
             "totals": world.sum(totals).cpu(),
             "fingerprint": fingerprint,
+            "computes": computes,
         }
         if world.is_writer:
             checkpoint.save_checkpoint(run, state, progress["epoch"], progress["step"])
@@ -244,6 +265,23 @@ def train(
     return result
 
 
+def _read_metrics(path: Path, epochs: int, layers: int) -> tuple[dict, list[dict]]:
+    """The header and the first so many epochs of a run's metrics.jsonl."""
+    numbers = "epoch train_loss train_accuracy valid_loss valid_accuracy lr seconds"
+    line = dict.fromkeys([*numbers.split(), "samples_per_second", "skipped_steps"], 0.0)
+    line["activity"] = [0.0] * layers
+    try:
+        text = path.read_text(encoding="utf-8")
+        header, *lines = [json.loads(line) for line in text.splitlines()[: 1 + epochs]]
+        checkpoint.check_form(lines, [line] * epochs, "epochs")
+        checkpoint.check_form(header, {}, "header")
+        for name in ("device", "commit"):
+            header.setdefault(name)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"resume: {path} cannot be read: {error}") from None
+    return header, lines
+
+
 def _describe(means: dict[str, Any]) -> str:
     rates = " ".join(f"{a:.3f}" for a in means["activity"])
     return f"loss {means['loss']:.3f}  train {100 * means['accuracy']:.1f} %  rate {rates}"
@@ -318,6 +356,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, NonFiniteError) as error:
         # a user's mistake or the machine's, named where it was found
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # torch's own where memory does not suffice; any other is this program's mistake
+        if "memory" not in str(error):
+            raise
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
 
 

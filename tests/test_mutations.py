@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from stores import make_store
 
-from gpn_triton import export, predict, train
+from gpn_triton import config, export, predict, train
+from gpn_triton.config import TrainConfig
 from gpn_triton.data import EventStore, hdf5, read_events, write_events
 
 SECONDS = 60
@@ -406,7 +407,7 @@ def check_run(seed: int, base: Path, folder: Path) -> tuple[str, str]:
             status, _ = run_command(export.main, run, "--out", folder / "export")
         after = contents(folder)
         assert not [name for name in after if Path(name).name.startswith(".")], sorted(after)
-        if status and command in ("eval", "predict", "export"):
+        if status and command != "train":
             assert after == before
         if command == "resume" and "checkpoint's bytes" in what and not status:
             best = [folder / "run" / "best.safetensors" for folder in (base, run.parent)]
@@ -418,7 +419,7 @@ def check_run(seed: int, base: Path, folder: Path) -> tuple[str, str]:
 
 
 # seeds that once ended in a traceback or a wrong result: 1 took a flipped bit for a weight
-RUN_FAILED = [1]
+RUN_FAILED = [1, 9, 23, 32, 62, 82, 92, 552, 562, 572, 582, 642, 722, 728, 732, 742, 752, 852, 882]
 RUN_SEEDS = [*range(33, 33 + 2 * len(KINDS)), *RUN_FAILED]
 
 
@@ -437,6 +438,15 @@ def base(tmp_path_factory):
 def test_a_damaged_file_of_a_run_is_refused_or_used(tmp_path, seed, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_run(seed, base, tmp_path / "case")
+
+
+@pytest.mark.parametrize("name", TrainConfig().to_dict())
+def test_an_option_takes_a_value_or_refuses_it_in_one_short_line(name):
+    for value in WEIRD:
+        try:
+            config.from_dict({**TrainConfig().to_dict(), name: value}, "config.json")
+        except ValueError as error:
+            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 300
 
 
 def main(hdf5_files: int, run_files: int) -> int:

@@ -332,7 +332,7 @@ def test_processes_together_compute_what_one_does_and_any_number_resumes(uninter
         port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         launch = [sys.executable, *torchrun, *port] if processes > 1 else [sys.executable]
         command = [*launch, "-m", "gpn_triton.train", *arguments]
-        subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, timeout=240)
+        subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, timeout=900)
 
     def outcome(run):
         state, _ = checkpoint.load_checkpoint(run)
