@@ -47,6 +47,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.close(folder)
 
 
+def remove_leftovers(run: Path) -> None:
+    """Remove the temporary files that a process killed while writing left in a run folder."""
+    for name in ("checkpoint-*.pt", "best.safetensors", "metrics.jsonl", "result.json"):
+        for path in Path(run).glob(f".{name}.*"):
+            path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -138,6 +138,7 @@ def train(
         last_good = str(path)
         say(f"resumed from {path}")
     if world.is_writer:
+        checkpoint.remove_leftovers(run)
         _write_lines(metrics, [header, *epochs])
 
     def save() -> str:
@@ -357,6 +358,9 @@ def main(argv: list[str] | None = None) -> int:
         # a user's mistake or the machine's, named where it was found
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         # torch's own where memory does not suffice; any other is this program's mistake
         if "memory" not in str(error):

@@ -62,6 +62,15 @@ def test_loading_a_checkpoint_executes_nothing(tmp_path):
     assert not (tmp_path / "written").exists()
 
 
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
+    kept = [tmp_path / "checkpoint-00000-000001.pt", tmp_path / ".gitignore"]
+    left = [tmp_path / ".checkpoint-00000-000002.pt.x1", tmp_path / ".result.json.ab"]
+    for path in (*kept, *left):
+        path.write_bytes(b"")
+    checkpoint.remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.load_checkpoint(tmp_path) is None
 
