@@ -209,7 +209,7 @@ def _tiles(
     # backward holds three gates of g_z and of the weights per stage
     stage = 3 * (BLOCK_B + BLOCK_N) * BLOCK_K * operand_dtype(dtype).itemsize
     forward = Tile(BLOCK_B, BLOCK_N, BLOCK_K, warps, 3 if 3 * stage <= limit else 2)
-    # a third stage spills in backward at N = 160 (float16, sm_80) and N = 513 (float32, sm_90).
-    # unmeasured
-    backward = replace(forward, num_stages=2)
+    # what spills in backward: a third stage at N = 160 (float16, sm_80), and 4 warps in ieee at
+    # N = 256 (sm_80) and 513 (sm_90). unmeasured
+    backward = replace(forward, num_warps=8) if ieee else replace(forward, num_stages=2)
     return "stepwise", (forward, backward), reason
