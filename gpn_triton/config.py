@@ -350,16 +350,22 @@ def _of_run(flags: dict[str, Any], source: str) -> TrainConfig:
             + ", ".join("--" + name.replace("_", "-") for name in extra)
         )
     path = Path(run, "config.json")
+    values = read_run_options(path, run, source)
+    return from_dict({**values, **flags, source: str(run)}, str(path))
+
+
+def read_run_options(path: Path, run: Path | str, argument: str) -> dict[str, Any]:
+    """The options in a run's config.json; errors name the argument that named the run."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{source}: {run} is not a run folder: no config.json") from None
+        raise FileNotFoundError(f"{argument}: {run} is not a run folder: no config.json") from None
     # a file of brackets is too deep for the parser
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: {path} is not valid JSON: {error}") from None
+        raise ValueError(f"{argument}: {path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{source}: {path}: expected an object, got {type(values).__name__}")
-    return from_dict({**values, **flags, source: str(run)}, str(path))
+        raise ValueError(f"{argument}: {path}: expected an object, got {type(values).__name__}")
+    return values
 
 
 def newest_unfinished(out: str) -> str:

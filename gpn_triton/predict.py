@@ -83,14 +83,7 @@ def _read_config(run: Path) -> TrainConfig:
     path = run / "config.json"
     if not path.exists() and run.name.startswith("seed-"):
         path = run.parent / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"run: {run} is not a run folder: no config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"run: {path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"run: {path}: expected an object, got {type(values).__name__}")
+    values = config.read_run_options(path, run, "run")
     return config.from_dict(values, str(path))
 
 
