@@ -19,7 +19,7 @@ from gpn_triton.data import (
 )
 from gpn_triton.distributed import World
 from gpn_triton.event_linear import Cells
-from gpn_triton.model import SpikingClassifier
+from gpn_triton.model import Draws, SpikingClassifier
 
 
 def build_model(cfg: TrainConfig, channels: int, classes: int) -> SpikingClassifier:
@@ -106,12 +106,12 @@ class Engine:
         model: nn.Module,
         x: Tensor | Cells,
         labels: Tensor,
-        rows: tuple[int, int],
+        draws: list[Draws] | None,
         counted: int,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the loss, and [loss, correct, samples, activity ...] for the running totals."""
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            logits, activity = model(x, rows)
+            logits, activity = model(x, draws)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum") * min(counted, 1)
         correct = (logits.argmax(1) == labels).sum() * min(counted, 1)
         totals = torch.stack([loss.detach(), correct, torch.full_like(correct, counted)])
@@ -141,7 +141,9 @@ class Engine:
         """
         share, rows, counted = self.world.part(indices)
         x = self._input(events, share, self.augmentation, key)
-        loss, totals = self._forward(self.trained, x, events.labels[share], rows, counted)
+        first, total = rows
+        draws = [drawn.part(first, first + len(share)) for drawn in self.model.draw(total)]
+        loss, totals = self._forward(self.trained, x, events.labels[share], draws, counted)
         # gradients are averaged over processes: this makes them those of the whole batch's mean
         loss = loss * (self.world.size / len(indices))
         self.scaler.scale(loss).backward()
@@ -198,9 +200,9 @@ class Engine:
         self.model.eval()
         totals = torch.zeros(3 + len(self.cfg.hidden), dtype=torch.float64, device=self.device)
         for indices in torch.arange(len(events), device=self.device).split(self.cfg.batch_size):
-            share, rows, counted = self.world.part(indices)
+            share, _, counted = self.world.part(indices)
             x = self._input(events, share)
-            totals += self._forward(self.model, x, events.labels[share], rows, counted)[1]
+            totals += self._forward(self.model, x, events.labels[share], None, counted)[1]
         self.model.train()
         return means(self.world.sum(totals))
 

@@ -12,14 +12,6 @@ from torch import Tensor, nn
 from gpn_triton import reference
 from gpn_triton.ops import gpn
 
-# (first, total): a batch's rows, where it is a part of a larger one. Random draws are made for the
-# whole and its part taken, so that splitting a batch, over processes or steps, changes no draw
-Rows = tuple[int, int]
-
-
-def _part(drawn: Tensor, rows: Rows | None, batch: int) -> Tensor:
-    return drawn if rows is None else drawn[rows[0] : rows[0] + batch]
-
 
 class GPN(nn.Module):
     """A layer of Gated Parametric Neurons.
@@ -80,28 +72,31 @@ class GPN(nn.Module):
         x: Tensor,
         v0: Tensor | None = None,
         v_reset: Tensor | None = None,
-        rows: Rows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
         Args:
             x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
             v_reset [B, N]: default: drawn in training, zeros in evaluation.
-            rows: (first, total) where x is rows first.. of a batch of `total`: see Rows.
         Returns:
             spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N].
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: expected [T, B, {self.hidden_size}], got {list(x.shape)}")
-        if v_reset is None and self.training and self.reset_std > 0:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            B, N = x.shape[1:]
-            shape = (B if rows is None else rows[1], N)
-            drawn = torch.randn(shape, dtype=dtype, device=x.device)
-            v_reset = self.reset_std * _part(drawn, rows, B)
+        if v_reset is None:
+            v_reset = self.draw(x.shape[1], x)
         return gpn(
             x, self.weight_x, self.weight_v, self.bias, v_reset, v0, self.variant, **self.options
         )
+
+    def draw(self, batch: int, like: Tensor) -> Tensor | None:
+        """A sequence's v_reset [batch, N] on like's device, float64 if `like` is, else float32;
+        None in evaluation."""
+        if not self.training or self.reset_std == 0:
+            return None
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        shape = (batch, self.hidden_size)
+        return self.reset_std * torch.randn(shape, dtype=dtype, device=like.device)
 
     @torch.no_grad()
     def load_authors_weights(self, ln_weight: Tensor, ln_bias: Tensor) -> None:
@@ -191,13 +186,17 @@ class HeldDropout(nn.Module):
             raise ValueError(f"dropout: expected 0 <= p < 1, got {p}")
         self.p = p
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """x [T, B, N] or [B, N] -> the same shape, with one mask [B, N]; rows: see Rows."""
+    def draw(self, batch: int, neurons: int, like: Tensor) -> Tensor | None:
+        """A sequence's mask [batch, neurons] of like's dtype and device; None in evaluation."""
         if not self.training or self.p == 0:
-            return x
-        B, N = x.shape[-2:]
-        ones = x.new_ones(B if rows is None else rows[1], N)
-        return x * _part(nn.functional.dropout(ones, self.p), rows, B)
+            return None
+        return nn.functional.dropout(like.new_ones(batch, neurons), self.p)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [T, B, N] or [B, N] -> the same shape, under the mask [B, N] or one drawn now."""
+        if mask is None:
+            mask = self.draw(*x.shape[-2:], x)
+        return x if mask is None else x * mask.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gpn_triton.event_linear import Cells, event_linear
-from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout, Rows
+from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout
 from gpn_triton.reference import GATES
 
 _GPN_VARIANTS = {"gpn" if v == "full" else f"gpn-{v}": v for v in GATES}
 _ANN = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 NEURONS = (*_GPN_VARIANTS, "lif", "plif", "cuba-lif", *_ANN, "cnn")
 READOUTS = ("mean", "last")
+
+
+class Draws(NamedTuple):
+    """A hidden layer's random draws for a batch; None: it makes none."""
+
+    v_reset: Tensor | None
+    mask: Tensor | None
+
+    def part(self, first: int, last: int) -> Draws:
+        """Those of the batch's rows first..last - 1."""
+        return Draws(*(None if drawn is None else drawn[first:last] for drawn in self))
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class SpikingClassifier(nn.Module):
         if readout not in READOUTS:
             raise ValueError(f"readout: expected one of {', '.join(READOUTS)}, got {readout!r}")
         self.neuron = neuron
+        self.hidden = tuple(hidden)
         self.readout = readout
         sizes = [inputs, *hidden]
         self.inputs, self.neurons = nn.ModuleList(), nn.ModuleList()
@@ -116,28 +128,46 @@ class SpikingClassifier(nn.Module):
         else:
             self.output = nn.Linear(sizes[-1], classes)
 
-    def forward(self, x: Tensor | Cells, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+    def draw(self, batch: int) -> list[Draws]:
+        """Make a batch's random draws: in training v_reset and the mask of held dropout.
+
+        Splitting a batch, over processes or steps, changes no draw if they are made for the whole.
+
+        Args:
+            batch: B.
+        Returns:
+            of each hidden layer v_reset [B, N] and mask [B, N], in the parameters' dtype.
+        """
+        like, draws = self.output.weight.detach(), []
+        for neuron, N in zip(self.neurons, self.hidden, strict=True):
+            v_reset = neuron.draw(batch, like) if isinstance(neuron, GPN) else None
+            draws.append(Draws(v_reset, self.dropout.draw(batch, N, like)))
+        return draws
+
+    def forward(
+        self, x: Tensor | Cells, draws: Sequence[Draws] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Classify a batch.
 
         Args:
             x [T, B, C] float: events counted in each bin and channel; or the events themselves,
                 whose first product then multiplies no zeros (not for lstm, gru, rnn and cnn).
-            rows: (first, total) where x is rows first.. of a batch of `total`: the random draws of
-                training then are those rows' of the whole batch.
+            draws: as draw made them for these B rows; None: made now.
         Returns:
             logits [B, classes]; activity [layers] float32: mean output of each hidden layer
             (spikes a neuron and step for spiking neurons), detached.
         """
+        if draws is None:
+            draws = self.draw(x.shape[1])
         activity = []
-        for linear, neuron in zip(self.inputs, self.neurons, strict=True):
-            draws = {"rows": rows} if isinstance(neuron, GPN) else {}
+        for linear, neuron, drawn in zip(self.inputs, self.neurons, draws, strict=True):
             if isinstance(x, Cells):
                 x = event_linear(x, linear.weight, linear.bias)
             else:
                 x = linear(x)
-            x = neuron(x, **draws)[0]
+            x = neuron(x, v_reset=drawn.v_reset)[0] if isinstance(neuron, GPN) else neuron(x)[0]
             activity.append(x.detach().float().mean())
-            x = self.dropout(x, rows)
+            x = self.dropout(x, drawn.mask)
         if self.neuron == "cnn":
             x = x.permute(1, 2, 0).flatten(1)
         elif x.ndim == 3:

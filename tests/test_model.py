@@ -84,11 +84,14 @@ def test_a_split_batch_draws_what_the_whole_would():
     x = torch.poisson(torch.full((5, 7, 9), 1.0))
     torch.manual_seed(1)
     whole, _ = model(x)
-    parts = []
-    for first, last in ((0, 3), (3, 7)):
-        torch.manual_seed(1)
-        parts.append(model(x[:, first:last], (first, 7))[0])
+    torch.manual_seed(1)
+    draws = model.draw(7)
+    parts = [
+        model(x[:, first:last], [drawn.part(first, last) for drawn in draws])[0]
+        for first, last in ((0, 3), (3, 7))
+    ]
     torch.testing.assert_close(torch.cat(parts), whole)
+    assert not torch.equal(model(x)[0], whole)
 
 
 @pytest.mark.parametrize("variant", ["full", "no-fi", "no-t"])
