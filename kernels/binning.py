@@ -18,9 +18,10 @@ sum of ones does not depend on its order. The alternative, a program per tile of
 searches its events in the sorted times and writes each cell once, would hash every noise event once
 per tile and run through four dependent loads for a dozen events each.
 
-Layout: times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, indices [B]
-int64, key [2] int64, edges [T] float32 (authors' style only). Counts are float32 [T, B, columns],
-zeroed by the caller. For half types two 16-bit counters share an int32 word, in the very memory of
+Layout: times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, numbers [S]
+int64 (the samples' numbers in the whole set, where these are a part of it), indices [B] int64, key
+[2] int64, edges [T] float32 (authors' style only). Counts are float32 [T, B, columns], zeroed by
+the caller. For half types two 16-bit counters share an int32 word, in the very memory of
 the result, and a second kernel turns each nonzero counter into a float in place: 4 bytes a cell are
 moved (zeroed and read), against 10 for float32 counts and a copy, and no second buffer exists.
 
@@ -130,7 +131,7 @@ def add_events(
 
 @triton.jit(do_not_specialize=["T", "T_power", "B", "channels"])
 def binning_count_kernel(
-    times_ptr, units_ptr, offsets_ptr, indices_ptr, key_ptr, edges_ptr, counts_ptr,
+    times_ptr, units_ptr, offsets_ptr, numbers_ptr, indices_ptr, key_ptr, edges_ptr, counts_ptr,
     T, T_power, B, channels, end, rate,
     CHANNEL_BIN: tl.constexpr, AUTHORS: tl.constexpr, CLIP: tl.constexpr, PACKED: tl.constexpr,
     SHIFT_BY: tl.constexpr, STRETCH_BY: tl.constexpr, JITTER_BY: tl.constexpr,
@@ -148,6 +149,8 @@ def binning_count_kernel(
     sample = tl.load(indices_ptr + slot)
     first = tl.load(offsets_ptr + sample)
     count = (tl.load(offsets_ptr + sample + 1) - first).to(tl.int32)
+    if numbers_ptr is not None:
+        sample = tl.load(numbers_ptr + sample)
     sample = sample.to(tl.uint32)
     lane = tl.arange(0, BLOCK)
     key = tl.full((), 0, tl.uint32)
@@ -210,6 +213,7 @@ def binning_count(
     times: Tensor,
     units: Tensor,
     offsets: Tensor,
+    numbers: Tensor | None,
     indices: Tensor,
     key: Tensor | None,
     channels: int,
@@ -221,8 +225,9 @@ def binning_count(
     """Count the events of some samples; launches only, so that a CUDA graph can hold it.
 
     Args:
-        times [E] float32, units [E] int16, offsets [S + 1] int64: all samples. indices [B] int64:
-            which of them, each in 0..S - 1 (not checked). key [2] int64: None without augmentation.
+        times [E] float32, units [E] int16, offsets [S + 1] int64: all samples. numbers [S] int64:
+            what draws know each by; None: its place. indices [B] int64: which of them, each in
+            0..S - 1 (not checked). key [2] int64: None without augmentation.
         channels: C. longest: events of the longest sample.
         config: data.BinningConfig. augmentation: data.Augmentation or None.
         out [T, B, columns] float32: where to count, overwritten; None: new memory.
@@ -257,7 +262,7 @@ def binning_count(
         edges = torch.arange(T, dtype=torch.float64, device=times.device) * (1 / T)
         edges = edges.half().float()
     binning_count_kernel[(B, SPLIT)](
-        times, units, offsets, indices, key, edges, counts,
+        times, units, offsets, numbers, indices, key, edges, counts,
         T, 1 << (T.bit_length() - 1), B, channels, float(config.max_time), T / config.max_time,
         CHANNEL_BIN=config.channel_bin, AUTHORS=authors, CLIP=config.overflow == "clip",
         PACKED=packed, SHIFT_BY=shift_by, STRETCH_BY=stretch_by, JITTER_BY=jitter_by,

@@ -98,6 +98,24 @@ def test_augmented_counts_are_the_twins(name, overflow, monkeypatch):
         assert_as_the_twin(store, [5, 1, 0, 7], config, AUGMENTATIONS[name], key)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_part_of_a_set_is_counted_as_in_the_whole(backend, monkeypatch):
+    small_blocks(monkeypatch)
+    store, config = make_store(9), BinningConfig(25, 1.0)
+    rows, key = [7, 1, 2, 7, 0], torch.tensor([7, 3], device=DEVICE)
+
+    def counts(store, indices, numbers=None):
+        events = DeviceEvents(store, DEVICE, numbers)
+        indices = torch.tensor(list(indices), device=DEVICE)
+        return bin_batch(events, indices, config, EVERYTHING, key, backend=backend)
+
+    whole, part = counts(store, rows), store.subset(rows)
+    numbers = torch.tensor(rows, device=DEVICE)
+    assert whole.any() and torch.equal(counts(part, range(5), numbers), whole)
+    assert torch.equal(counts(part, [2, 4], numbers), whole[:, [2, 4]])
+    assert not torch.equal(counts(part, range(5)), whole)
+
+
 def test_an_augmented_count_is_that_of_a_loop_over_events():
     from tests.test_data_binning import naive_counts
 
@@ -256,11 +274,13 @@ def compile_everything() -> dict:
     store, key = make_store(4), torch.zeros(2, dtype=torch.int64)
     for name, capability in CASES:
         config, augmentation = COMPILED[name]
+        # a part of a set in one of the cases
+        numbers = torch.zeros(4, dtype=torch.int64) if config.channel_bin == 5 else None
         with offline.compiling(capability) as kernels:
             for T, B in ((1, 1), (16, 3), (100, 256), (1000, 1)):
                 binning_count(
                     *(torch.from_numpy(a) for a in (store.times, store.units.view("int16"))),
-                    torch.from_numpy(store.offsets), torch.zeros(B, dtype=torch.int64),
+                    torch.from_numpy(store.offsets), numbers, torch.zeros(B, dtype=torch.int64),
                     None if augmentation is None else key, 700, 40,
                     dataclasses.replace(config, time_bins=T), augmentation, None,
                 )  # fmt: skip

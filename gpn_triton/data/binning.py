@@ -137,19 +137,29 @@ class DeviceEvents:
     Args:
         store: the samples. On a CPU the tensors share its memory.
         device: where the tensors shall be.
+        numbers [S] int64, on the device: each sample's number in the whole set, where the store is
+            a part of one: draws depend on it. None: the sample's place in the store.
     Attributes:
         times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, labels [S]
-        int64: as in EventStore. num_channels: C. longest: events of the longest sample.
+        int64: as in EventStore. numbers: as given. num_channels: C. longest, mean: events of the
+        longest sample, and of a sample on average.
     """
 
-    def __init__(self, store: EventStore, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        store: EventStore,
+        device: torch.device | str = "cpu",
+        numbers: Tensor | None = None,
+    ):
         self.times = torch.from_numpy(store.times).to(device)
         # few operations know uint16
         self.units = torch.from_numpy(store.units.view("int16")).to(device)
         self.offsets = torch.from_numpy(store.offsets).to(device)
         self.labels = torch.from_numpy(store.labels).to(device)
         self.num_channels = store.num_channels
+        self.numbers = numbers
         self.longest = int(np.diff(store.offsets).max(initial=0))
+        self.mean = len(store.times) / max(len(store), 1)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -208,8 +218,8 @@ def bin_batch(
             key = torch.as_tensor(draw_key, dtype=torch.int64, device=indices.device).contiguous()
         with torch.cuda.device_of(indices):
             return binning_count(
-                events.times, events.units, events.offsets, indices.contiguous(), key,
-                C, events.longest, config, augmentation, out,
+                events.times, events.units, events.offsets, events.numbers,
+                indices.contiguous(), key, C, events.longest, config, augmentation, out,
             )  # fmt: skip
 
     if out is None:
@@ -251,8 +261,7 @@ def prefers_cells(events: DeviceEvents, config: BinningConfig) -> bool:
     """Whether bin_cells and event_linear shall replace bin_batch and a Linear: on a CPU, where the
     samples have few events a cell on average (see CELLS_DENSITY)."""
     cells = config.time_bins * -(-events.num_channels // config.channel_bin)
-    density = len(events.times) / (len(events) * cells)
-    return events.times.device.type == "cpu" and density <= CELLS_DENSITY
+    return events.times.device.type == "cpu" and events.mean / cells <= CELLS_DENSITY
 
 
 def _choose_backend(backend: str, times: Tensor) -> str:
@@ -316,7 +325,8 @@ def _block_cells(
     keep = None
 
     if augmentation is not None:
-        draws = Draws(torch.as_tensor(draw_key, device=indices.device), indices)
+        numbers = indices if events.numbers is None else events.numbers.index_select(0, indices)
+        draws = Draws(torch.as_tensor(draw_key, device=indices.device), numbers)
         t, unit, keep = _change(augmentation, draws, t, unit, slot, where, first, C)
         if augmentation.noise:
             last = first + count - 1
@@ -346,16 +356,16 @@ class Draws:
 
     Args:
         key [2] int64: see bin_batch.
-        indices [B] int64: the samples' numbers in the event store.
+        numbers [B] int64: the samples' numbers in the whole set.
     """
 
-    def __init__(self, key: Tensor, indices: Tensor):
+    def __init__(self, key: Tensor, numbers: Tensor):
         self.key = fold(fold(key[0].new_zeros(()), key[0] & MASK), key[1] & MASK)
-        self.indices = indices
+        self.numbers = numbers
 
     def __call__(self, stream: int, slot: Tensor | None = None, number: Tensor | int = 0) -> Tensor:
-        """One draw a sample, or one an event: `slot` [E] its place in indices, `number` [E]."""
-        h = fold(fold(self.key, stream), self.indices)
+        """One draw a sample, or one an event: `slot` [E] its sample's place, `number` [E]."""
+        h = fold(fold(self.key, stream), self.numbers)
         return fold(h if slot is None else h.index_select(0, slot), number)
 
 
