@@ -5,9 +5,10 @@ import functools
 import numpy as np
 import torch
 
-from bench import counts, networks
+from bench import networks
 from bench.subjects import Entry, Wrong
 from gpn_triton.data import BinningConfig, DeviceEvents, bin_batch
+from gpn_triton.roofline import Count
 
 KIND = "binning"
 # dense-frames: the whole set binned beforehand and kept dense on the host, a batch copied over, as
@@ -65,7 +66,7 @@ def bench_binning(contest, case, subject, device):
             return {"events": B * networks.EVENTS}
 
         # times, units read, counts written
-        work = counts.Count(bytes=6.0 * B * networks.EVENTS + 4.0 * T * B * C)
+        work = Count(bytes=6.0 * B * networks.EVENTS + 4.0 * T * B * C)
         return Entry(call, check, work)
 
     contest(prepare, case, subject, mode="binning")

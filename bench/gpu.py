@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from bench import counts, measure, networks, subjects
+from bench import measure, networks, subjects
 from bench.cases import SHD, SSC, Case
 from bench.measure import Call, GraphedCall, Times, timed
 from bench.subjects import Problem, Unavailable, Wrong
-from gpn_triton import gpn, ops
+from gpn_triton import gpn, ops, roofline
 from gpn_triton.checkpoint import write_json
 from gpn_triton.data import DeviceEvents, EventStore
 from gpn_triton.data.synthetic import synthetic_splits
@@ -130,9 +130,9 @@ def per_step(times: dict[str, float], T: int) -> Row:
 
 
 @functools.cache
-def ceilings(device: torch.device) -> counts.Ceilings:
+def ceilings(device: torch.device) -> roofline.Ceilings:
     """What the device can do; a CPU's, in a dry run, from small matrices."""
-    return measure.ceilings(device, 128 if device.type == "cpu" else None)
+    return roofline.ceilings(device, 128 if device.type == "cpu" else None)
 
 
 def as_strategy(plan: Plan, strategy: str, dtype: torch.dtype) -> Plan:
@@ -192,7 +192,7 @@ def step_job(problem: Problem, subject: str, backward: bool) -> Job:
             with planned(strategy):
                 call = GraphedCall(call) if device.type == "cuda" else call
                 row |= subjects._check(problem, call, "gpn", None)
-            count = counts.layer("gpn", case.N, None, backward, False, problem.x.element_size())
+            count = roofline.layer("gpn", case.N, None, backward, False, problem.x.element_size())
             count = count * (case.T * case.B)
         else:
             entry = subjects.prepare(problem, subject, backward)
@@ -201,7 +201,7 @@ def step_job(problem: Problem, subject: str, backward: bool) -> Job:
             if device.type == "cuda" and subject.startswith("lstm"):
                 call = GraphedCall(call)
         row |= per_step(time_call(call, device), case.T)
-        row["floor_us"] = 1e6 * counts.floor_seconds(count, ceilings(device)) / case.T
+        row["floor_us"] = 1e6 * roofline.floor_seconds(count, ceilings(device)) / case.T
         row["peak_mib"] = getattr(call, "peak_bytes", 0) / 2**20 or None
         return row
 
@@ -378,10 +378,10 @@ def epoch_row(setting: Setting, case: Case, subject: str, samples: int, kept: di
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     epoch = seconds(count) * samples / sum(map(len, batches[:count]))
-    work = counts.network(
-        trainer.cfg.neuron, case.hidden, case.inputs, case.classes, True, 4 if setting.tiny else 2
-    )
-    floor = counts.floor_seconds(work * (case.T * samples), ceilings(device))
+    floor = roofline.training_floor(
+        trainer.cfg.neuron, case.hidden, case.inputs, case.classes, case.T, samples,
+        trainer.cfg.amp, ceilings(device),
+    )  # fmt: skip
     return dict(
         T=case.T, B=case.B, hidden=list(case.hidden), subject=subject, dtype=case.dtype,
         samples=samples, steps_timed=count, steps=len(batches), seconds_an_epoch=epoch,

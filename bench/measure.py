@@ -1,4 +1,4 @@
-"""How a call is timed, how its memory is counted, and what the device could do at best."""
+"""How a call is timed, and how its memory is counted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.autograd import profiler
-
-from bench.counts import Ceilings
-
-# measured on such a card: a bfloat16 matrix product and a device-to-device copy
-STATED = {"H200": (790e12, 4.3e12)}
-MIB = 2**20
 
 
 class Call:
@@ -204,39 +198,6 @@ def held_bytes(call: Call) -> tuple[int, int]:
     without("x")
     held.pop(call.out.untyped_storage().data_ptr(), None)
     return whole, sum(held.values())
-
-
-def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
-    """What the device can do at best.
-
-    A GPU that is listed has stated figures, taken on such a card with bfloat16; any other device is
-    measured now: the best of several matrix products (bfloat16 on a GPU, else float32) and copies.
-
-    Args:
-        n: side of the matrices; default: 8192 on a GPU, else 1024.
-    """
-    cuda = device.type == "cuda"
-    if cuda:
-        name = torch.cuda.get_device_name(device)
-        for key, (flops, bandwidth) in STATED.items():
-            if key in name:
-                return Ceilings(flops, bandwidth, f"stated: measured on an {key}, bfloat16")
-    n = n or (8192 if cuda else 1024)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    source = torch.randn(n, 16 * n, device=device)
-    target = torch.empty_like(source)
-    rates = []
-    for call, work in (
-        (lambda: torch.mm(a, b), 2 * n**3),
-        (lambda: target.copy_(source), 2 * source.nbytes),
-    ):
-        times = Times()
-        for _ in range(12):
-            timed(call, device, times)
-        rates.append(work / min(times.wall))
-    name = str(dtype).removeprefix("torch.")
-    return Ceilings(*rates, f"measured at the start: {n}^3 product in {name}, {16 * n}x{n} copy")
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

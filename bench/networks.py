@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench import counts
 from bench.cases import Case
 from bench.competitors import LoopGPN, Unavailable
 from bench.subjects import DTYPES, ROWS, TOLERANCE, Entry, Wrong, compare, specification_under
-from gpn_triton import GPN, SpikingClassifier, reference
+from gpn_triton import GPN, SpikingClassifier, reference, roofline
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore
 from gpn_triton.train import Engine
@@ -110,7 +109,7 @@ def steps(case: Case, device: torch.device, batches: int) -> Callable[[str], Ent
 
         kind = trainer.cfg.neuron
         element = 4 if case.dtype == "float32" else 2
-        count = counts.network(kind, case.hidden, case.inputs, case.classes, True, element)
+        count = roofline.network(kind, case.hidden, case.inputs, case.classes, True, element)
         return Entry(
             call, lambda: check(trainer, case, device), count * (case.T * case.B * batches)
         )

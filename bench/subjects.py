@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import counts
 from bench.cases import Case
 from bench.competitors import (
     Unavailable,
@@ -30,7 +29,7 @@ from bench.competitors import (
     spikingjelly_lif,
 )
 from bench.measure import Call, GraphedCall
-from gpn_triton import gpn, reference
+from gpn_triton import gpn, reference, roofline
 
 ROWS = 8
 # dtype -> (margin of h - theta within which a spike may differ, largest error of a gradient as a
@@ -66,7 +65,7 @@ class Entry:
 
     call: Callable[[], Any]
     check: Callable[[], dict[str, Any]]
-    count: counts.Count
+    count: roofline.Count
     saves: Call | None = None
 
 
@@ -144,12 +143,12 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     kind, call, reference_of = _build(problem, subject.removesuffix("-graph"), backward)
     case = problem.case
     element = 4 if call_dtype(call) == torch.float32 else 2
-    count = counts.layer(
+    count = roofline.layer(
         kind, case.N, case.inputs if problem.projects else None, backward, False, element
     )
-    if not problem.projects and kind in counts.ANN_GATES:
+    if not problem.projects and kind in roofline.ANN_GATES:
         # x is a layer's output here: it gets a gradient
-        count = counts.layer(kind, case.N, None, backward, True, element)
+        count = roofline.layer(kind, case.N, None, backward, True, element)
     runs = GraphedCall(call) if graphed else call
 
     def check() -> dict[str, Any]:

@@ -11,10 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import counts
-from gpn_triton import SpikingClassifier, gpn, reference
-
-SHD, SSC = ([128], 20), ([512, 256, 128], 35)
+from gpn_triton import SpikingClassifier, gpn, reference, roofline
 
 # products of a row [N] with a matrix [N, N] that backend="torch" takes a sample and step. forward:
 # x and v, 4 gates. backward: 3 gates of x and v once more, b being found in the saved membrane;
@@ -100,39 +97,6 @@ def a_sample_and_step(count, T=8, B=2):
     return corners / (T * B)
 
 
-def test_counts_of_the_paper_s_networks_are_the_design_s():
-    for (hidden, classes), forward, training in ((SHD, 0.446, 1.29), (SSC, 6.56, 21.7)):
-        for backward, expected in ((False, forward), (True, training)):
-            count = counts.network("gpn", hidden, 700, classes, backward)
-            assert count.flops / 1e6 == pytest.approx(expected, rel=2e-3)
-    # the serial share of a step without the recomputed gates: 23 to 29 %
-    for (hidden, classes), recomputed, share in ((SHD, 0.131, 0.226), (SSC, 2.75, 0.290)):
-        count = counts.network("gpn", hidden, 700, classes, True)
-        rest = count.flops / 1e6 - recomputed
-        assert count.serial_flops / 1e6 / rest == pytest.approx(share, abs=2e-3)
-
-
-def test_floors_of_an_epoch_on_an_h200_are_the_design_s():
-    h200 = counts.Ceilings(790e12, 4.3e12, "stated")
-    shd = counts.network("gpn", SHD[0], 700, SHD[1], True) * (8156 * 100)
-    assert counts.floor_seconds(shd, h200) == pytest.approx(2.5e-3, rel=0.06)
-    for T, expected in ((50, 0.104), (100, 0.207), (250, 0.519)):
-        ssc = counts.network("gpn", SSC[0], 700, SSC[1], True) * (75466 * T)
-        assert counts.floor_seconds(ssc, h200) == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize("kind", ["gpn", "lstm", "gru", "lif"])
-def test_counts_add_up_over_layers_and_scale_with_samples(kind):
-    two = counts.network(kind, [32, 16], 70, 5, True)
-    parts = (
-        counts.layer(kind, 32, 70, True, False)
-        + counts.layer(kind, 16, 32, True, True)
-        + counts.linear(16, 5, True, True, element=0)
-    )
-    assert two == parts
-    assert (two * 3).bytes == 3 * two.bytes and two.serial_flops <= two.flops
-
-
 @pytest.mark.parametrize("output", ["spikes", "mean"])
 @pytest.mark.parametrize("every", [None, 4])
 def test_layer_takes_these_products_and_no_more(counted, every, output):
@@ -185,7 +149,7 @@ def test_training_step_takes_the_products_of_its_layers(counted):
 
 def test_torch_path_takes_2_products_in_28_more_than_the_count():
     N = 8
-    count = counts.neuron("gpn", N, True)
+    count = roofline.neuron("gpn", N, True)
     # weight_x x is recomputed beside weight_v v (+4), b of neither (-2): in all 30 against 28
     assert 2 * N * N * (FORWARD + BACKWARD) / count.flops == 30 / 28
     assert math.isclose(count.serial_flops / count.flops, 8 / 28)

@@ -4,25 +4,36 @@ Operations are those of matrix products (2 for a multiplication and its addition
 are not counted. Bytes are what a program that keeps each product apart from the recurrence must
 move between processor and memory: every tensor once for each pass that reads or writes it. A
 program that fuses products into the recurrence moves less, so the byte floor bounds this design,
-not every design; the operation floor bounds all.
+not every design; the operation floor bounds all but a first layer that skips its input's zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# passes over N elements of one sample and step, each tensor counted once a pass.
+import torch
+
+from gpn_triton.reference import GATES
+
+# passes over N elements of one sample and step, each tensor counted once a pass; "products": those
+# of N elements that a variant without gates has not.
 # x written, read by the product and by the step; z written and read by G; v and spike written
-GPN_FORWARD = {"N": 5, "GN": 2}
+GPN_FORWARD = {"N": 4, "products": 1, "GN": 2}
 # product of z: x, v read, z written. step: z, x, v, spike, gradient of the spike read, g_z written.
 # product of g_x: g_z read, g_x written. weights: g_z, x, v read. input Linear: g_x read
-GPN_BACKWARD = {"N": 10, "GN": 5}
+GPN_BACKWARD = {"N": 6, "products": 4, "GN": 5}
 # cell and output written, output read as operand; z written and read
 ANN_FORWARD = {"N": 3, "GN": 2}
 # gates, cell, output and gradient read, g_z written, then read for inputs and for weights
 ANN_BACKWARD = {"N": 4, "GN": 4}
 ANN_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+GPN_GATES = {"gpn" if name == "full" else f"gpn-{name}": len(GATES[name]) for name in GATES}
+COUNTED = (*GPN_GATES, *ANN_GATES, "lif", "plif")
+# measured on such a card: a bfloat16 matrix product and a device-to-device copy
+STATED = {"H200": (790e12, 4.3e12)}
 
 
 @dataclass(frozen=True)
@@ -55,27 +66,30 @@ def linear(inputs: int, outputs: int, backward: bool, input_grad: bool, element:
     return Count(2.0 * products * inputs * outputs, 0.0, element * products * inputs)
 
 
-def neuron(kind: str, N: int, backward: bool, element: int = 2, gates: int = 4) -> Count:
+def neuron(kind: str, N: int, backward: bool, element: int = 2) -> Count:
     """Work of one layer of neurons on one sample and step, without its input Linear.
 
     Args:
-        kind: gpn, lstm, gru, rnn (their input product is counted by `ann`) or lif (no product).
+        kind: one of COUNTED: gpn and its variants, each with its own gates; lstm, gru, rnn, whose
+            input product is counted by `layer`; lif and plif, which have no product.
         N: neurons. backward: forward and backward instead of forward. element: bytes of an element.
-        gates: of GPN's variant.
     Returns:
         For GPN: weight_v v and weight_x x, and backward additionally the two gradients of states
         and inputs, those of both weights and weight_v v once more, since gates are not saved.
+    Raises:
+        ValueError: a kind whose work is not counted.
     """
-    if kind == "lif":
+    if kind not in COUNTED:
+        raise ValueError(f"kind: expected one of {', '.join(COUNTED)}, got {kind!r}")
+    if kind in ("lif", "plif"):
         # x read, spike written; h written and read, two gradients
         return Count(bytes=element * N * (7 if backward else 2))
-    if kind == "gpn":
-        product = 2.0 * gates * N * N
-        flops, serial = 2 * product, product
-        passes = GPN_FORWARD["N"] + gates * GPN_FORWARD["GN"]
-        if backward:
-            flops, serial = flops + 5 * product, serial + product
-            passes += GPN_BACKWARD["N"] + gates * GPN_BACKWARD["GN"]
+    if kind in GPN_GATES:
+        G = GPN_GATES[kind]
+        product, flops, serial, passes = 2.0 * G * N * N, 0.0, 0.0, 0
+        for k, table in ((2, GPN_FORWARD), (5, GPN_BACKWARD))[: 1 + backward]:
+            flops, serial = flops + k * product, serial + product
+            passes += table["N"] + (G > 0) * table["products"] + G * table["GN"]
         return Count(flops, serial, element * N * passes)
     G = ANN_GATES[kind]
     product = 2.0 * G * N * N
@@ -137,3 +151,76 @@ class Ceilings:
 def floor_seconds(count: Count, ceilings: Ceilings) -> float:
     """The least time the work can take: the larger of arithmetic and traffic."""
     return max(count.flops / ceilings.flops_per_s, count.bytes / ceilings.bytes_per_s)
+
+
+def training_floor(
+    neuron: str,
+    hidden: Sequence[int],
+    channels: int,
+    classes: int,
+    T: int,
+    samples: int,
+    amp: str | None,
+    ceilings: Ceilings,
+) -> float | None:
+    """Seconds that training on so many samples takes at least; bins and updates are not counted.
+
+    Args:
+        neuron: one of model.NEURONS. hidden: neurons of each layer. channels: inputs C.
+        T: time bins. samples: of this device's share. amp: as --amp: elements of 2 bytes, without
+            it of 4. ceilings: of the device.
+    Returns:
+        Seconds; None for cuba-lif and cnn, whose work is not counted.
+    """
+    if neuron not in COUNTED:
+        return None
+    work = network(neuron, hidden, channels, classes, True, 4 if amp is None else 2)
+    return floor_seconds(work * (T * samples), ceilings)
+
+
+def _best_seconds(call: Callable[[], object], cuda: bool) -> float:
+    """The shortest of several calls."""
+    seconds = []
+    for _ in range(12):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@functools.cache
+def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
+    """What the device can do at best.
+
+    A GPU that is listed has stated figures, taken on such a card with bfloat16; any other device is
+    measured, once in a process: the best of several matrix products (bfloat16 on a GPU, else
+    float32) and copies. That takes memory for a moment, at most 1.4 GiB on a GPU and 140 MiB else,
+    so a program that reports its own peak reads it before. It draws from no global generator.
+
+    Args:
+        n: side of the matrices; default: 8192 on a GPU, else 1024.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        name = torch.cuda.get_device_name(device)
+        for key, (flops, bandwidth) in STATED.items():
+            if key in name:
+                return Ceilings(flops, bandwidth, f"stated: measured on an {key}, bfloat16")
+    n = n or (8192 if cuda else 1024)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    draw = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, n, device=device, generator=draw).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    # beyond any cache
+    source = torch.ones(min(16 * n * n, 1 << 27), device=device)
+    target = torch.empty_like(source)
+    with torch.no_grad():
+        flops = 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=product), cuda)
+        bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), cuda)
+    name, mib = str(dtype).removeprefix("torch."), source.nbytes / 2**20
+    source = f"measured: {n}^3 product in {name}, copy of {mib:.0f} MiB"
+    return Ceilings(flops, bandwidth, source)
