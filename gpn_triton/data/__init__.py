@@ -19,6 +19,7 @@ from gpn_triton.data.binning import (
 )
 from gpn_triton.data.download import PARTS, fetch
 from gpn_triton.data.events import EventStore, check_range
+from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
 from gpn_triton.data.hdf5 import check_file, read_events, write_events
 from gpn_triton.data.splits import choose_split, hold_out_speakers, stratified_split
 
@@ -27,13 +28,16 @@ __all__ = [
     "BinningConfig",
     "DeviceEvents",
     "EventStore",
+    "Feed",
     "Splits",
+    "StreamedFeed",
     "bin_batch",
     "bin_cells",
     "choose_split",
     "fetch",
     "hold_out_speakers",
     "load_splits",
+    "make_feed",
     "prefers_cells",
     "read_events",
     "stratified_split",

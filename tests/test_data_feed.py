@@ -1,0 +1,307 @@
+"""Batches of a streamed set against those of the same set on the device."""
+
+import dataclasses
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from stores import make_store
+
+from gpn_triton.data import Augmentation, BinningConfig, DeviceEvents, bin_batch, prefers_cells
+from gpn_triton.data import feed as module
+from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
+
+EVERYTHING = Augmentation(20, 0.1, 0.005, 0.1, 0.1)
+CONFIG = BinningConfig(25, 1.0, channel_bin=5)
+KEY = (3, 1)
+
+
+def resident(store, device="cpu"):
+    return Feed(DeviceEvents(store, device))
+
+
+def streamed(store, events=10_000, device="cpu"):
+    """A feed whose shards hold so many events."""
+    return StreamedFeed(store, device, 2 * module._bytes(events, len(store)) / module.MIB)
+
+
+def most(store, batch):
+    """Events of the largest batch there can be."""
+    return int(np.sort(np.diff(store.offsets))[-batch:].sum())
+
+
+def next_batch(feed, size):
+    """Counts and labels."""
+    feed.ahead(size)
+    indices = feed.batch(size)
+    return bin_batch(feed.events, indices, CONFIG, EVERYTHING, KEY), feed.events.labels[indices]
+
+
+def walk(feed, order, first, batch):
+    """All batches of a pass."""
+    feed.start(order, first, batch)
+    samples = len(feed)
+    return [next_batch(feed, min(batch, samples - a)) for a in range(first, samples, batch)]
+
+
+def assert_same(batches, expected):
+    for (counts, labels), (wanted, wanted_labels) in zip(batches, expected, strict=True):
+        assert wanted.any() and torch.equal(counts, wanted)
+        assert torch.equal(labels, wanted_labels)
+
+
+@pytest.fixture
+def gathers(monkeypatch):
+    """How many samples the thread was asked for, call by call."""
+    asked, gather = [], module._gather
+    monkeypatch.setattr(
+        module, "_gather", lambda s, n, to: asked.append(len(n)) or gather(s, n, to)
+    )
+    return asked
+
+
+def test_a_resident_pass_has_the_samples_of_its_order():
+    store, order = make_store(21), torch.randperm(21)
+    feed, events = resident(store), DeviceEvents(store)
+    for numbers in (order, torch.arange(21)):
+        batches = walk(feed, order if numbers is order else None, 5, 8)
+        for (counts, labels), expected in zip(batches, numbers[5:].split(8), strict=True):
+            assert torch.equal(counts, bin_batch(events, expected, CONFIG, EVERYTHING, KEY))
+            assert torch.equal(labels, events.labels[expected])
+
+
+@pytest.mark.parametrize("first", [0, 16, 48])
+@pytest.mark.parametrize("capacity, samples", [(1.0, 8), (2.0, 16), (4.0, 29), (99.0, 29)])
+def test_a_streamed_pass_has_the_batches_of_a_resident_one(capacity, samples, first, gathers):
+    # 53 samples in batches of 8, the last of 5; sample 1 is empty
+    store = make_store(53)
+    here, stream = resident(store), streamed(store, int(capacity * most(store, 8)))
+    tensors = [*module._tensors(stream.events), stream._row]
+    addresses = [t.data_ptr() for t in tensors]
+    for order in (torch.randperm(53), torch.randperm(53), None):
+        gathers.clear()
+        assert_same(walk(stream, order, first, 8), walk(here, order, first, 8))
+        # all once, in whole batches, in shards as large as fits but for the first ones
+        assert sum(gathers) == 53 - first and not any(n % 8 for n in gathers[:-1])
+        assert gathers[0] == min(8, 53 - first) and (first or max(gathers) >= samples)
+        assert stream.events.longest == here.events.longest
+    assert addresses == [t.data_ptr() for t in tensors]
+
+
+def test_shards_grow_from_one_batch_to_as_many_as_fit():
+    counts = np.array([10] * 40)
+    assert module._cuts(counts, 2, 100, 0) == [0, 2, 6, 14, 24, 34, 40]
+    assert module._cuts(counts[:7], 2, 20, 3) == [3, 5, 7, 9, 10]
+    assert module._cuts(counts[:0], 2, 20, 40) == [40]
+    assert module._cuts(np.zeros(9, int), 2, 0, 0) == [0, 2, 6, 9]
+    # a shard that is full to the last event, and one that would have one too many
+    assert module._cuts(np.array([5, 5, 4, 6, 1, 9]), 1, 10, 0) == [0, 1, 3, 5, 6]
+
+
+def test_a_batch_may_be_asked_for_in_parts():
+    store, order = make_store(20), torch.randperm(20)
+    whole, parts = walk(resident(store), order, 0, 8), []
+    stream = streamed(store, most(store, 8))
+    stream.start(order, 0, 8)
+    for size in (8, 8, 4):
+        parts.append([next_batch(stream, size // 2) for _ in range(2)])
+    joined = [(torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]])) for a, b in parts]
+    assert_same(joined, whole)
+
+
+def test_an_order_may_change_behind_the_feeds_back():
+    store, order = make_store(30), torch.randperm(30)
+    expected = walk(resident(store), order, 0, 8)
+    for feed in (resident(store), streamed(store, most(store, 8))):
+        given = order.clone()
+        feed.start(given, 0, 8)
+        given.zero_()
+        assert_same([next_batch(feed, min(8, 30 - a)) for a in range(0, 30, 8)], expected)
+
+
+def test_a_set_without_events_is_streamed_too():
+    store = make_store(9)
+    store = dataclasses.replace(
+        store, times=store.times[:0], units=store.units[:0], offsets=np.zeros(10, np.int64)
+    )
+    for counts, labels in walk(streamed(store), torch.arange(9), 0, 4):
+        assert not counts.any() and len(labels) == counts.shape[1]
+
+
+def test_a_shard_is_taken_for_dense_or_sparse_as_the_whole_set():
+    store = make_store(40)
+    stream, whole = streamed(store, most(store, 4)), DeviceEvents(store)
+    stream.start(None, 0, 4)
+    found = set()
+    for bins in (1, 2, 3, 5, 100):
+        config = BinningConfig(bins, channel_bin=100)
+        found.add(prefers_cells(whole, config))
+        assert prefers_cells(stream.events, config) == prefers_cells(whole, config)
+    assert found == {True, False}
+
+
+def test_a_batch_larger_than_a_shard_is_refused_with_what_would_do():
+    store = make_store(3000, most=2000)
+    stream = StreamedFeed(store, "cpu", 2)
+    with pytest.raises(ValueError, match="event_mib: expected at least") as error:
+        stream.start(None, 0, 1000)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    assert f"{most(store, 1000)} events" in str(error.value) and "got 2;" in str(error.value)
+    with pytest.raises(ValueError, match="event_mib"):
+        StreamedFeed(store, "cpu", least - 1).start(None, 0, 1000)
+    StreamedFeed(store, "cpu", least).start(None, 0, 1000)
+    # less than the samples' numbers take
+    with pytest.raises(ValueError, match="event_mib"):
+        StreamedFeed(store, "cpu", 0.01).start(None, 0, 1)
+
+
+@pytest.mark.parametrize("make", [resident, streamed])
+def test_passes_that_cannot_be_are_refused(make):
+    feed = make(make_store(10))
+    with pytest.raises(ValueError, match="size: expected at most 0"):
+        feed.ahead(1)
+    for order in (torch.arange(9), torch.arange(10).int(), torch.zeros(10, 1).long()):
+        with pytest.raises(ValueError, match=r"order: expected int64 \[10\], got"):
+            feed.start(order, 0, 4)
+    for first in (-1, 11):
+        with pytest.raises(ValueError, match=f"first: expected 0..10, got {first}"):
+            feed.start(None, first, 4)
+    with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
+        feed.start(None, 0, 0)
+    feed.start(None, 8, 4)
+    feed.ahead(2)
+    with pytest.raises(ValueError, match="size: expected at most 0, the samples left, got 1"):
+        feed.ahead(1)
+    feed.start(None, 10, 4)
+    with pytest.raises(ValueError, match="size: expected at most 0"):
+        feed.ahead(1)
+
+
+def test_a_batch_that_spans_two_shards_is_refused():
+    stream = streamed(make_store(20))
+    stream.start(None, 0, 4)
+    with pytest.raises(ValueError, match="size: expected at most 4, the samples left, got 6"):
+        stream.ahead(6)
+
+
+def test_what_the_thread_raises_is_raised_in_ahead_and_the_next_pass_is_whole(monkeypatch):
+    store, order = make_store(40), torch.randperm(40)
+    expected, stream = walk(resident(store), order, 0, 4), streamed(store, most(store, 4))
+    gather, calls = module._gather, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError("the disk has gone")
+        return gather(*arguments)
+
+    monkeypatch.setattr(module, "_gather", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk has gone"):
+            walk(stream, order, 0, 4)
+        calls[:] = calls[:3]
+    calls.append(1)
+    assert_same(walk(stream, order, 0, 4), expected)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_a_pass_given_up_midway_leaves_nothing_behind(batches, monkeypatch):
+    store, order = make_store(40), torch.randperm(40)
+    expected, gather = walk(resident(store), order, 0, 4), module._gather
+    monkeypatch.setattr(module, "_gather", lambda *a: time.sleep(0.01) or gather(*a))
+    stream = streamed(store, 2 * most(store, 4))
+    before = set(threading.enumerate())
+    for _ in range(3):
+        stream.start(torch.randperm(40), 0, 4)
+        for _ in range(batches):
+            next_batch(stream, 4)
+        assert_same(walk(stream, order, 0, 4), expected)
+    assert len(set(threading.enumerate()) - before) == 1
+
+
+def test_the_thread_ends_with_its_feed(monkeypatch):
+    gather = module._gather
+    monkeypatch.setattr(module, "_gather", lambda *a: time.sleep(0.05) or gather(*a))
+    before = set(threading.enumerate())
+    for batches in (0, 1):
+        stream = streamed(make_store(40), 1000)
+        stream.start(None, 0, 4)
+        for _ in range(batches):
+            next_batch(stream, 4)
+        (thread,) = set(threading.enumerate()) - before
+        del stream
+        gc.collect()
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_what_is_gathered_in_blocks_is_whole(monkeypatch):
+    monkeypatch.setattr(module, "GATHERED", 3)
+    store, order = make_store(20), torch.randperm(20)
+    assert_same(walk(streamed(store), order, 0, 10), walk(resident(store), order, 0, 10))
+
+
+def test_a_set_is_resident_where_it_fits_and_else_streamed():
+    store = make_store(2000, most=3000)
+    size = module._bytes(len(store.times), 2000) / module.MIB
+    feed, line = make_feed(store, "cpu")
+    assert isinstance(feed, Feed) and line == f"events: {size:.0f} MiB, resident on cpu"
+    feed, line = make_feed(store, "cpu", int(size) + 1)
+    assert isinstance(feed, Feed) and line.endswith(f"resident on cpu (limit {int(size) + 1} MiB)")
+    feed, line = make_feed(store, torch.device("cpu"), 10)
+    assert isinstance(feed, StreamedFeed) and len(feed) == 2000
+    assert line == (
+        f"events: {size:.0f} MiB, streamed in shards of up to 5 MiB "
+        "(limit 10 MiB: one shard in use, one on its way)"
+    )
+    # as much as promised, and no more
+    taken = sum(t.nbytes for t in [*module._tensors(feed.events), *feed._staging])
+    assert 10 * module.MIB - 100 < taken <= 10 * module.MIB
+
+
+def test_by_default_half_of_a_gpus_free_memory_is_taken(monkeypatch):
+    store = make_store(2000, most=3000)
+    size = module._bytes(len(store.times), 2000)
+    monkeypatch.setattr(module, "DeviceEvents", lambda *_: None)
+    monkeypatch.setattr(module, "Feed", lambda _: "resident")
+    monkeypatch.setattr(module, "StreamedFeed", lambda *arguments: ("streamed", *arguments))
+    for free, kind in ((2 * size + 2, "resident"), (2 * size - 2, "streamed")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 8 * size))
+        feed, line = make_feed(store, "cuda:0")
+        assert kind in feed and f"{kind} " in line
+        assert kind == "streamed" or f"({free / module.MIB:.0f} MiB free)" in line
+    assert feed[3] == free / 2 / module.MIB
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [1.0, 3.0])
+def test_a_captured_graph_counts_a_streamed_pass(capacity):
+    store = make_store(4000, most=3000)
+    stream = streamed(store, int(capacity * most(store, 64)), "cuda")
+    orders = [torch.randperm(4000, device="cuda") for _ in range(3)]
+    expected = [walk(resident(store, "cuda"), order, 0, 64)[:-1] for order in orders]
+    key = torch.tensor(KEY, device="cuda")
+
+    def step():
+        indices = stream.batch(64)
+        counts = bin_batch(stream.events, indices, CONFIG, EVERYTHING, key)
+        return counts, stream.events.labels[indices]
+
+    stream.start(orders[0], 0, 64)
+    stream.ahead(64)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counts, labels = step()
+    for order, wanted in zip(orders, expected, strict=True):
+        stream.start(order, 0, 64)
+        batches = []
+        for _ in wanted:
+            stream.ahead(64)
+            graph.replay()
+            batches.append((counts.clone(), labels.clone()))
+        assert_same(batches, wanted)
