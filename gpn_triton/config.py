@@ -90,6 +90,14 @@ class TrainConfig:
         "Run", None, "evaluate a finished run's best weights on the test set", metavar="RUN"
     )
     device: str = _option("Run", "auto", "auto, cpu, cuda or cuda:K; auto is cuda where there is")
+    no_graph: bool = _option(
+        "Run", False, "on a GPU, do not capture the training step as a CUDA graph: the same "
+        "losses, slower", action="store_true",
+    )  # fmt: skip
+    profile: int | None = _option(
+        "Run", None, "record N training steps: where their time goes, as a table and a Chrome "
+        "trace in the run's folder", type=int, metavar="N",
+    )  # fmt: skip
     backend: str = _option(
         "Run", "auto", "what computes GPN; auto is triton on CUDA, torch on a CPU", choices=BACKENDS
     )
@@ -127,6 +135,10 @@ class TrainConfig:
     )
     download: bool = _option("Data", False, "fetch shd or ssc if missing", action="store_true")
     samples: int = _option("Data", 2000, "training samples of synthetic", type=int, metavar="K")
+    event_mib: int | None = _option(
+        "Data", None, "device memory for a set's events, MiB; a larger set is streamed from the "
+        "host (default: half of what is free on a GPU)", type=int, metavar="MIB",
+    )  # fmt: skip
     valid_split: str = _option(
         "Data", "auto", "how validation data are split off: whole speakers, or at random with "
         "equal classes; auto: speakers where that costs at most 15 %% of the data",
@@ -185,7 +197,15 @@ class TrainConfig:
 
     epochs: int = _option("Optimisation", 20, "epochs", type=int, metavar="E")
     batch_size: int = _option("Optimisation", 64, "samples a step", type=int, metavar="B")
+    accumulate: int = _option(
+        "Optimisation", 1, "parts a batch is worked off in, one after the other: less memory",
+        type=int, metavar="K",
+    )  # fmt: skip
     lr: float = _option("Optimisation", 1e-3, "Adam's learning rate", type=float)
+    lr_batch_size: int | None = _option(
+        "Optimisation", None, "batch size that --lr is meant for: the rate is multiplied by the "
+        "square root of batch size / B", type=int, metavar="B",
+    )  # fmt: skip
     weight_decay: float = _option("Optimisation", 0.0, "Adam's L2 penalty", type=float)
     schedule: str = _option(
         "Optimisation", "cosine", "learning rate by epoch: cosine to 0, constant, or x 0.75 after "
@@ -193,7 +213,7 @@ class TrainConfig:
         choices=("cosine", "plateau", "constant"),
     )  # fmt: skip
     warmup_epochs: int = _option(
-        "Optimisation", 0, "epochs of linear warm-up", type=int, metavar="E"
+        "Optimisation", 0, "epochs over which the rate rises, step by step", type=int, metavar="E"
     )
     clip_grad: float | None = _option(
         "Optimisation", None, "clip the gradient's norm", type=float, metavar="NORM"
@@ -214,12 +234,16 @@ class TrainConfig:
             (("hidden",), lambda v: all(n >= 1 for n in v), "sizes of at least 1"),
             (("seed",), lambda v: all(n >= 0 for n in v), "0 or more"),
             (
-                ("time_bins", "channel_bin", "epochs", "batch_size", "samples"),
+                ("time_bins", "channel_bin", "epochs", "batch_size", "samples", "accumulate"),
                 lambda v: v >= 1,
                 "at least 1",
             ),
             (("max_time", "lr", "alpha"), lambda v: v > 0, "more than 0"),
-            (("checkpoint_every",), lambda v: v is None or v >= 1, "at least 1"),
+            (
+                ("checkpoint_every", "profile", "event_mib", "lr_batch_size"),
+                lambda v: v is None or v >= 1,
+                "at least 1",
+            ),
             (("clip_grad",), lambda v: v is None or v > 0, "more than 0"),
             (("dropout", "event_drop", "time_stretch"), lambda v: 0 <= v < 1, "0 <= value < 1"),
             (("valid_fraction",), lambda v: 0 < v < 1, "0 < value < 1"),
@@ -233,6 +257,11 @@ class TrainConfig:
                 value = getattr(self, name)
                 if not test(value):
                     raise ValueError(f"{name}: expected {expected}, got {_plain(value)}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate: expected at most batch_size ({self.batch_size}), "
+                f"got {self.accumulate}"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs: expected fewer than epochs ({self.epochs}), "
@@ -335,14 +364,17 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     return TrainConfig(**{**PRESETS.get(preset, {}), **given})
 
 
-# what may change when a run is taken up again: where things are, never what is computed
+# what may change when a run is taken up again: where things are and in which parts they are worked
+# off, never what is computed
 _PLACES = {"device", "data_dir", "cache_dir", "download"}
+_PLACES |= {"no_graph", "event_mib", "accumulate"}
 
 
 def _of_run(flags: dict[str, Any], source: str) -> TrainConfig:
     """The configuration a run folder holds, with the places given as flags."""
     run = newest_unfinished(flags.get("out", "runs")) if flags[source] == "auto" else flags[source]
     allowed = _PLACES | {source} | ({"out"} if flags[source] == "auto" else set())
+    allowed |= {"profile"} if source == "resume" else set()
     extra = sorted(set(flags) - allowed)
     if extra:
         raise ValueError(

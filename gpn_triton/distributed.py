@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -39,21 +40,27 @@ class World:
             return model
         return DistributedDataParallel(model)
 
-    def part(self, indices: Tensor) -> tuple[Tensor, tuple[int, int], int]:
+    def apart(self, trained: nn.Module, yes: bool) -> AbstractContextManager:
+        """A context whose gradients stay in this process until a later backward pass, if `yes`."""
+        if yes and isinstance(trained, DistributedDataParallel):
+            return trained.no_sync()
+        return nullcontext()
+
+    def part(self, indices: Tensor) -> tuple[Tensor, int, int]:
         """This process's share of a batch.
 
         Args:
             indices [B]: sample numbers of the whole batch.
         Returns:
-            its sample numbers, where they are in the batch as (first, B), and how many count: 0
-            where the batch is smaller than the number of processes and one sample stands in, so
-            that every process takes part in the communication.
+            its sample numbers, where in the batch they begin, and how many count: 0 where the batch
+            is smaller than the number of processes and one sample stands in, so that every process
+            takes part in the communication.
         """
         total = len(indices)
         first, last = (total * k // self.size for k in (self.rank, self.rank + 1))
         if first == last:
-            return indices[:1], (0, total), 0
-        return indices[first:last], (first, total), last - first
+            return indices[:1], 0, 0
+        return indices[first:last], first, last - first
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, on every one of them."""

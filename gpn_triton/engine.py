@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
 from gpn_triton.config import TrainConfig
@@ -17,9 +19,28 @@ from gpn_triton.data import (
     bin_cells,
     prefers_cells,
 )
+from gpn_triton.data.feed import Feed
 from gpn_triton.distributed import World
 from gpn_triton.event_linear import Cells
+from gpn_triton.graphs import Graphs
+from gpn_triton.memory import is_out_of_memory
 from gpn_triton.model import Draws, SpikingClassifier
+from gpn_triton.schedule import Schedule
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the first CUDA GPU, or the CPU where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not here: {torch.cuda.device_count()} CUDA GPUs found")
+    return device
 
 
 def build_model(cfg: TrainConfig, channels: int, classes: int) -> SpikingClassifier:
@@ -61,13 +82,18 @@ class NonFiniteError(ArithmeticError):
 class Engine:
     """A network with its optimiser, schedule and scaler.
 
-    A step's update is left out, on the device and without waiting for it, where the loss or a
-    gradient is not finite; `check` tells of it. Under fp16 the scaler does so, and only a loss that
-    is not finite counts.
+    A training step is device work from the draw of the batch's samples to the update and the
+    running totals; on a GPU it is captured as a CUDA graph and replayed (see graphs.Graphs), unless
+    several processes train together. A step's update is left out, on the device and without waiting
+    for it, where the loss or a gradient is not finite; `check` tells of it. Under fp16 the scaler
+    does so, and only a loss that is not finite counts.
 
     Args:
         cfg: the configuration. model: on `device` already. device: where everything happens.
         world: the processes that train together; None: this one alone.
+    Attributes:
+        totals [3 + layers] float64: since they were last zeroed, this process's sums over training
+            samples of loss, correct answers, ones and each layer's activity.
     """
 
     def __init__(
@@ -81,10 +107,20 @@ class Engine:
         self.world = World(device) if world is None else world
         self.amp = AMP[cfg.amp]
         self.trained = self.world.wrap(model)
+        cuda = device.type == "cuda"
+        self.graphs = Graphs(device, cuda and not cfg.no_graph and self.world.size == 1)
+        self.schedule = Schedule(cfg)
+        # numbers that change from step to step live on the device, where a replay finds them
+        self.lr = torch.tensor(self.schedule.rate, device=device)
+        self.warm_rate = torch.zeros((), dtype=torch.float64, device=device)
+        self.warm_steps = torch.ones((), dtype=torch.float64, device=device)
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.key = torch.zeros(2, dtype=torch.int64, device=device)
+        self.totals = torch.zeros(3 + len(cfg.hidden), dtype=torch.float64, device=device)
+        self.evaluated = torch.zeros_like(self.totals)
         self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
+            model.parameters(), self.lr, weight_decay=cfg.weight_decay, fused=True, capturable=cuda
         )
-        self.schedule = build_schedule(cfg, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
         self.binning = build_binning(cfg)
         augmentation = Augmentation(
@@ -104,57 +140,93 @@ class Engine:
     def _forward(
         self,
         model: nn.Module,
-        x: Tensor | Cells,
-        labels: Tensor,
+        events: DeviceEvents,
+        indices: Tensor,
         draws: list[Draws] | None,
         counted: int,
+        augmentation: Augmentation | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the loss, and [loss, correct, samples, activity ...] for the running totals."""
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+        with record_function("data"):
+            x = self._input(events, indices, augmentation)
+            labels = events.labels.index_select(0, indices)
+        with (
+            record_function("forward"),
+            torch.autocast(self.device.type, self.amp, enabled=self.amp is not None),
+        ):
             logits, activity = model(x, draws)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") * min(counted, 1)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum") * min(counted, 1)
         correct = (logits.argmax(1) == labels).sum() * min(counted, 1)
         totals = torch.stack([loss.detach(), correct, torch.full_like(correct, counted)])
         return loss, torch.cat([totals, activity * counted])
 
     def _input(
-        self,
-        events: DeviceEvents,
-        share: Tensor,
-        augmentation: Augmentation | None = None,
-        key: Tensor | None = None,
+        self, events: DeviceEvents, indices: Tensor, augmentation: Augmentation | None
     ) -> Tensor | Cells:
         """Samples as counts, or as a list of events where a Linear reads few of them on a CPU."""
         sparse = self.amp is None and hasattr(self.model.inputs[0], "weight")
-        if sparse and prefers_cells(events, self.binning):
-            return bin_cells(events, share, self.binning, augmentation, key)
-        return bin_batch(events, share, self.binning, augmentation, key)
+        bins = bin_cells if sparse and prefers_cells(events, self.binning) else bin_batch
+        return bins(events, indices, self.binning, augmentation, self.key)
 
-    def train_step(self, events: DeviceEvents, indices: Tensor, key: Tensor) -> Tensor:
-        """Update the network on one batch.
+    def start_epoch(self, feed: Feed, seed: int, epoch: int, step: int = 0) -> None:
+        """Make ready for an epoch's training steps, each on the next samples of a random order.
 
         Args:
-            events: all samples. indices [B] int64: the batch, the same on every process.
-            key [2] int64: what augmentation draws depend on, (seed, epoch).
-        Returns:
-            totals [3 + layers] of this process's share: loss, correct, samples, activity.
+            feed: the training samples. seed, epoch: what the order, the augmentation and the
+                learning rate depend on. step: how many steps are done already.
         """
-        share, rows, counted = self.world.part(indices)
-        x = self._input(events, share, self.augmentation, key)
-        first, total = rows
-        draws = [drawn.part(first, first + len(share)) for drawn in self.model.draw(total)]
-        loss, totals = self._forward(self.trained, x, events.labels[share], draws, counted)
-        # gradients are averaged over processes: this makes them those of the whole batch's mean
-        loss = loss * (self.world.size / len(indices))
-        self.scaler.scale(loss).backward()
+        generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(feed), generator=generator, device=self.device)
+        size = self.cfg.batch_size
+        feed.start(order, step * size, size)
+        steps = -(-len(feed) // size)
+        self.key.copy_(torch.tensor([seed, epoch]))
+        self.warm_rate.fill_(self.schedule.rate)
+        self.warm_steps.fill_(self.schedule.warm_steps(steps))
+        self.steps.fill_(epoch * steps + step)
+
+    def train_step(self, feed: Feed, size: int) -> None:
+        """Update the network on the feed's next samples.
+
+        Args:
+            feed: the training samples, after start_epoch. size: how many, on all processes.
+        """
+        feed.ahead(size)
+        self.graphs.run(("train", feed, size), lambda: self._train(feed, size))
+
+    def _train(self, feed: Feed, size: int) -> None:
+        share, first, counted = self.world.part(feed.batch(size))
+        draws = self.model.draw(size)
+        mean_loss, count = torch.zeros((), device=self.device), len(share)
+        parts = min(self.cfg.accumulate, count)
+        edges = [count * k // parts for k in range(parts + 1)]
+        for a, b in zip(edges, edges[1:], strict=False):
+            rows = [drawn.part(first + a, first + b) for drawn in draws]
+            with self.world.apart(self.trained, b < count):
+                loss, totals = self._forward(
+                    self.trained, feed.events, share[a:b], rows, min(counted, b - a),
+                    self.augmentation,
+                )  # fmt: skip
+                # gradients are averaged over processes: so they are those of the batch's mean
+                loss = loss * (self.world.size / size)
+                with record_function("backward"):
+                    self.scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+            self.totals += totals
+        with record_function("update"):
+            self._update(mean_loss)
+
+    def _update(self, mean_loss: Tensor) -> None:
+        """Change the weights by the gradients that are there, and let go of these."""
         if self.cfg.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
-        self._watch(loss.detach())
+        self._watch(mean_loss)
+        self.steps += 1
+        self.lr.copy_(self.warm_rate * (self.steps / self.warm_steps).clamp(max=1))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return totals
 
     def _watch(self, loss: Tensor) -> None:
         """Leave the coming update out where a number is not finite, and remember it."""
@@ -170,8 +242,8 @@ class Engine:
             # fused optimisers skip the update where this is 1
             self.optimizer.found_inf = bad
         self.bad_steps += bad
-        self.bad_loss = torch.where(bad > 0, loss, self.bad_loss)
-        self.bad_parameters = torch.where(bad > 0, bad_parameters, self.bad_parameters)
+        self.bad_loss.copy_(torch.where(bad > 0, loss, self.bad_loss))
+        self.bad_parameters.copy_(torch.where(bad > 0, bad_parameters, self.bad_parameters))
 
     def check(self, where: str) -> int:
         """How many steps were left out because a number was not finite; waits for the device.
@@ -195,16 +267,47 @@ class Engine:
         return bad_steps
 
     @torch.no_grad()
-    def evaluate(self, events: DeviceEvents) -> dict[str, Any]:
+    def evaluate(self, feed: Feed) -> dict[str, Any]:
         """Loss, accuracy and activity on a whole set, without dropout, noise or augmentation."""
+        # no more at once than training has
+        size = -(-self.cfg.batch_size // self.cfg.accumulate)
+        feed.start(None, 0, size)
+        self.evaluated.zero_()
         self.model.eval()
-        totals = torch.zeros(3 + len(self.cfg.hidden), dtype=torch.float64, device=self.device)
-        for indices in torch.arange(len(events), device=self.device).split(self.cfg.batch_size):
-            share, _, counted = self.world.part(indices)
-            x = self._input(events, share)
-            totals += self._forward(self.model, x, events.labels[share], None, counted)[1]
+        for first in range(0, len(feed), size):
+            count = min(size, len(feed) - first)
+            feed.ahead(count)
+            self.graphs.run(
+                ("evaluate", feed, count), functools.partial(self._evaluate, feed, count)
+            )
         self.model.train()
-        return means(self.world.sum(totals))
+        return means(self.world.sum(self.evaluated))
+
+    def _evaluate(self, feed: Feed, size: int) -> None:
+        share, _, counted = self.world.part(feed.batch(size))
+        self.evaluated += self._forward(self.model, feed.events, share, None, counted)[1]
+
+    def fits(self, feed: Feed, size: int) -> bool:
+        """Whether so many samples go through forward and backward at once; changes no weight.
+
+        Raises:
+            RuntimeError: another error than want of memory.
+        """
+        self.graphs.clear()
+        try:
+            feed.start(None, 0, size)
+            feed.ahead(size)
+            loss, _ = self._forward(
+                self.model, feed.events, feed.batch(size), None, size, self.augmentation
+            )
+            loss.backward()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while training, random states included."""
@@ -215,6 +318,7 @@ class Engine:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps.cpu(),
+            "totals": self.world.sum(self.totals).cpu(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -236,28 +340,15 @@ class Engine:
         """Take up what state_dict returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self.lr, "capturable": self.device.type == "cuda"}
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        self.bad_steps = state["bad_steps"].to(self.device)
+        self.bad_steps.copy_(state["bad_steps"])
+        self.totals.copy_(state["totals"] if self.world.is_writer else torch.zeros(()))
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-
-
-def build_schedule(cfg: TrainConfig, optimizer: torch.optim.Optimizer):
-    """The learning rate by epoch, stepped once an epoch."""
-    lr = torch.optim.lr_scheduler
-    if cfg.schedule == "plateau":
-        return lr.ReduceLROnPlateau(optimizer, factor=0.75, patience=3)
-    warm = cfg.warmup_epochs
-    if cfg.schedule == "cosine":
-        main = lr.CosineAnnealingLR(optimizer, cfg.epochs - warm)
-    else:
-        main = lr.ConstantLR(optimizer, 1.0)
-    if not warm:
-        return main
-    start = lr.LinearLR(optimizer, 1 / (warm + 1), 1.0, warm)
-    return lr.SequentialLR(optimizer, [start, main], [warm])
 
 
 def means(totals: Tensor) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from gpn_triton import checkpoint, config
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore, bin_batch, read_events
-from gpn_triton.engine import build_binning, build_model
+from gpn_triton.engine import build_binning, build_model, choose_device
 from gpn_triton.model import SpikingClassifier
 
 # of the files in SHD's layout that the training command reads
@@ -192,17 +192,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _choose_device(name: str) -> torch.device:
-    """The device of that name, if it can be used; auto is a GPU, or the CPU where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: expected one that is here, got {name!r}: {reason}") from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = build_parser().parse_args(argv)
@@ -216,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(run: str, file: str, out: str, stream: bool, device: str, batch_size: int) -> int:
-    where = _choose_device(device)
+    where = choose_device(device)
     trained = load_run(run)
     store = read_events(file, num_channels=NUM_CHANNELS, use_cache=False)
     logits = predict(trained, store, where, batch_size, stream)

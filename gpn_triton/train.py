@@ -8,6 +8,7 @@ python -m gpn_triton.train --resume auto
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -15,6 +16,8 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,33 +25,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gpn_triton import checkpoint, config, ops
+from gpn_triton import checkpoint, config, ops, roofline
 from gpn_triton.config import TrainConfig
 from gpn_triton.curves import draw_curves
-from gpn_triton.data import DeviceEvents, Splits, load_splits
+from gpn_triton.data import EventStore, Splits, load_splits
+from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
 from gpn_triton.distributed import World
-from gpn_triton.engine import Engine, NonFiniteError, build_model, means
+from gpn_triton.engine import Engine, NonFiniteError, build_model, choose_device, means
+from gpn_triton.memory import advice, is_out_of_memory
+from gpn_triton.profile import StepProfile
 from gpn_triton.provenance import provenance
 from gpn_triton.trackers import Trackers
 
 # data are split with this seed whatever the training seed, so that seeds compare like with like
 SPLIT_SEED = 0
 LOG_SECONDS = 0.5
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is the first CUDA GPU, or the CPU where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name} is not here: {torch.cuda.device_count()} CUDA GPUs found")
-    return device
 
 
 class Interruption:
@@ -91,19 +82,23 @@ def train(
     channels = -(-splits.train.num_channels // cfg.channel_bin)
     model = build_model(cfg, channels, classes).to(device)
     engine = Engine(cfg, model, device, world)
-    train_events = DeviceEvents(splits.train, device)
-    valid_events = DeviceEvents(splits.valid, device)
+    say = print if world.is_writer else lambda *_: None
+    train_feed, valid_feed = (
+        _feed(cfg, name, store, device, say)
+        for name, store in (("training", splits.train), ("validation", splits.valid))
+    )
+    if engine.schedule.peak != cfg.lr:
+        say(f"learning rate {engine.schedule.peak:.3g} for batches of {cfg.batch_size}")
     fingerprint = f"{splits.train.fingerprint()}-{splits.valid.fingerprint()}"
     progress = {"epoch": 0, "step": 0, "best_accuracy": -1.0, "best_loss": 0.0, "best_epoch": 0}
     progress["seconds"] = 0.0
-    totals = torch.zeros(3 + len(cfg.hidden), dtype=torch.float64, device=device)
     epochs: list[dict[str, Any]] = []
-    say = print if world.is_writer else lambda *_: None
 
     metrics = run / "metrics.jsonl"
     header = {"config": {**cfg.to_dict(), "seed": seed}, **provenance(device)}
     # what the result depends on; where things are may change
     places = ("device", "backend", "data_dir", "cache_dir", "download", "out", "config", "track")
+    places += ("no_graph", "event_mib", "accumulate", "profile")
     computes = {
         name: value
         for name, value in header["config"].items()
@@ -117,7 +112,6 @@ def train(
         expected = {
             "engine": engine.expected_state(),
             "progress": progress,
-            "totals": totals.cpu(),
             "fingerprint": fingerprint,
             "computes": computes,
         }
@@ -132,8 +126,6 @@ def train(
             raise ValueError(f"resume: the data have changed since {path} was written")
         engine.load_state_dict(state["engine"])
         progress = state["progress"]
-        if world.is_writer:
-            totals = state["totals"].to(device)
         header, epochs = _read_metrics(metrics, progress["epoch"], len(cfg.hidden))
         last_good = str(path)
         say(f"resumed from {path}")
@@ -141,12 +133,20 @@ def train(
         checkpoint.remove_leftovers(run)
         _write_lines(metrics, [header, *epochs])
 
+    def check(last_good: str) -> None:
+        try:
+            engine.check(f"epoch {progress['epoch'] + 1}, step {progress['step']}")
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error}; last good checkpoint: {last_good}; "
+                "--skip-nonfinite leaves such steps out"
+            ) from None
+
     def save() -> str:
         engine.check(f"epoch {progress['epoch'] + 1}, step {progress['step']}")
         state = {
             "engine": engine.state_dict(),
             "progress": progress,
-            "totals": world.sum(totals).cpu(),
             "fingerprint": fingerprint,
             "computes": computes,
         }
@@ -155,91 +155,96 @@ def train(
         world.barrier()
         return f"checkpoint-{progress['epoch']:05d}-{progress['step']:06d}.pt"
 
+    samples = len(train_feed)
     model.train()
     trackers = Trackers(cfg.track if world.is_writer else (), run, header["config"])
-    with Interruption() as interruption, trackers:
+    profile = None
+    if cfg.profile and world.is_writer:
+        profile = StepProfile(cfg.profile, device=device)
+    with Interruption() as interruption, trackers, profile or nullcontext():
         for epoch in range(progress["epoch"], cfg.epochs):
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(len(train_events), generator=generator, device=device)
-            batches = order.split(cfg.batch_size)
-            key = torch.tensor([seed, epoch], device=device)
-            lr = engine.optimizer.param_groups[0]["lr"]
+            engine.start_epoch(train_feed, seed, epoch, progress["step"])
             started, shown = time.perf_counter(), 0.0
             bar = tqdm(
-                total=len(order), initial=progress["step"] * cfg.batch_size, unit=" samples",
+                total=samples, initial=progress["step"] * cfg.batch_size, unit=" samples",
                 desc=f"epoch {epoch + 1}/{cfg.epochs}", leave=False,
                 disable=None if world.is_writer else True,
             )  # fmt: skip
-            for indices in batches[progress["step"] :]:
-                totals += engine.train_step(train_events, indices, key)
-                progress["step"] += 1
-                bar.update(len(indices))
-                if device.type == "cpu" or time.perf_counter() - shown > LOG_SECONDS:
+            with bar:
+                for first in range(progress["step"] * cfg.batch_size, samples, cfg.batch_size):
+                    size = min(cfg.batch_size, samples - first)
+                    _step(engine, train_feed, size)
+                    if profile is not None:
+                        profile.step()
+                    progress["step"] += 1
+                    bar.update(size)
                     # on a GPU reading a number waits for the device, so it is done rarely
-                    try:
-                        engine.check(f"epoch {epoch + 1}, step {progress['step']}")
-                    except NonFiniteError as error:
+                    if device.type == "cpu" or time.perf_counter() - shown > LOG_SECONDS:
+                        check(last_good)
+                        if not bar.disable and time.perf_counter() - shown > LOG_SECONDS:
+                            bar.set_postfix_str(_describe(means(engine.totals)))
+                            shown = time.perf_counter()
+                    if stop := world.any(interruption.signal or 0):
                         bar.close()
-                        raise NonFiniteError(
-                            f"{error}; last good checkpoint: {last_good}; "
-                            "--skip-nonfinite leaves such steps out"
-                        ) from None
-                    if not bar.disable and time.perf_counter() - shown > LOG_SECONDS:
-                        bar.set_postfix_str(_describe(means(totals)))
-                        shown = time.perf_counter()
-                stop = world.any(interruption.signal or 0)
-                if stop:
-                    bar.close()
-                    progress["seconds"] += time.perf_counter() - started
-                    say(f"interrupted: saved {save()}; go on with --resume {run}")
-                    world.close()
-                    raise SystemExit(128 + stop)
-            trained = means(world.sum(totals))
+                        progress["seconds"] += time.perf_counter() - started
+                        say(f"interrupted: saved {save()}; go on with --resume {run}")
+                        world.close()
+                        raise SystemExit(128 + stop)
+                trained = means(world.sum(engine.totals))
             seconds = progress["seconds"] + time.perf_counter() - started
-            bar.close()
 
-            valid = engine.evaluate(valid_events)
-            if cfg.schedule == "plateau":
-                engine.schedule.step(trained["loss"])
-            else:
-                engine.schedule.step()
-            line = {
-                "epoch": epoch + 1,
-                "train_loss": trained["loss"],
-                "train_accuracy": trained["accuracy"],
-                "valid_loss": valid["loss"],
-                "valid_accuracy": valid["accuracy"],
-                "activity": trained["activity"],
-                "lr": lr,
-                "seconds": seconds,
-                "samples_per_second": len(order) / seconds,
-                "skipped_steps": engine.check(f"epoch {epoch + 1}"),
-            }
-            epochs.append(line)
-            # of equal accuracies, the lower loss
-            best = (progress["best_accuracy"], -progress["best_loss"])
-            if (valid["accuracy"], -valid["loss"]) > best:
+            with profile.paused() if profile is not None else nullcontext():
+                valid = engine.evaluate(valid_feed)
+                engine.schedule.end_epoch(epoch, trained["loss"])
+                line = {
+                    "epoch": epoch + 1,
+                    "train_loss": trained["loss"],
+                    "train_accuracy": trained["accuracy"],
+                    "valid_loss": valid["loss"],
+                    "valid_accuracy": valid["accuracy"],
+                    "activity": trained["activity"],
+                    "lr": float(engine.lr),
+                    "seconds": seconds,
+                    "samples_per_second": samples / seconds,
+                    "skipped_steps": engine.check(f"epoch {epoch + 1}"),
+                }
+                epochs.append(line)
+                # of equal accuracies, the lower loss
+                best = (progress["best_accuracy"], -progress["best_loss"])
+                if (valid["accuracy"], -valid["loss"]) > best:
+                    if world.is_writer:
+                        checkpoint.save_weights(run / "best.safetensors", model)
+                    progress |= {f"best_{key}": valid[key] for key in ("accuracy", "loss")}
+                    progress |= {"best_epoch": epoch + 1}
+                progress |= {"epoch": epoch + 1, "step": 0, "seconds": 0.0}
+                engine.totals.zero_()
                 if world.is_writer:
-                    checkpoint.save_weights(run / "best.safetensors", model)
-                progress |= {f"best_{key}": valid[key] for key in ("accuracy", "loss")}
-                progress |= {"best_epoch": epoch + 1}
-            progress |= {"epoch": epoch + 1, "step": 0, "seconds": 0.0}
-            totals.zero_()
-            if world.is_writer:
-                with metrics.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-            trackers.log(line)
-            last_good = str(run / save())
-            skipped = f"  {line['skipped_steps']} steps skipped" if line["skipped_steps"] else ""
-            say(
-                f"epoch {epoch + 1:3d}/{cfg.epochs}  {_describe(trained)}  "
-                f"valid {100 * valid['accuracy']:.1f} %  "
-                f"{line['samples_per_second']:.0f} samples/s{skipped}"
-            )
+                    with metrics.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                trackers.log(line)
+                last_good = str(run / save())
+                skipped = (
+                    f"  {line['skipped_steps']} steps skipped" if line["skipped_steps"] else ""
+                )
+                say(
+                    f"epoch {epoch + 1:3d}/{cfg.epochs}  {_describe(trained)}  "
+                    f"valid {100 * valid['accuracy']:.1f} %  "
+                    f"{line['samples_per_second']:.0f} samples/s{skipped}"
+                )
+    if profile is not None:
+        say(profile.table())
+        profile.write(run)
 
     checkpoint.load_weights(run / "best.safetensors", model)
     # the test set is read here for the first and only time
-    test = engine.evaluate(DeviceEvents(splits.test, device))
+    test = engine.evaluate(_feed(cfg, "test", splits.test, device, say))
+    peak_memory_mib = _peak_memory_mib(device)
+    seconds_per_epoch = statistics.median(line["seconds"] for line in epochs)
+    at_best = roofline.ceilings(device)
+    floor = roofline.training_floor(
+        cfg.neuron, cfg.hidden, channels, classes, cfg.time_bins, -(-samples // world.size),
+        cfg.amp, at_best,
+    )  # fmt: skip
     result = {
         "test_accuracy": test["accuracy"],
         "test_loss": test["loss"],
@@ -248,11 +253,14 @@ def train(
         "epochs": cfg.epochs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "activity": test["activity"],
-        "samples_per_second": statistics.median(line["samples_per_second"] for line in epochs),
-        "seconds_per_epoch": statistics.median(line["seconds"] for line in epochs),
+        "samples_per_second": samples / seconds_per_epoch,
+        "seconds_per_epoch": seconds_per_epoch,
+        "floor_seconds_per_epoch": floor,
+        "fraction_of_floor": floor and floor / seconds_per_epoch,
+        "ceilings": dataclasses.asdict(at_best),
         "seconds": sum(line["seconds"] for line in epochs),
         "skipped_steps": epochs[-1]["skipped_steps"],
-        "peak_memory_mib": _peak_memory_mib(device),
+        "peak_memory_mib": peak_memory_mib,
         "seed": seed,
         "processes": world.size,
         "device": header["device"],
@@ -264,6 +272,27 @@ def train(
         checkpoint.write_json(run / "result.json", result)
     world.barrier()
     return result
+
+
+def _step(engine: Engine, feed: Feed | StreamedFeed, size: int) -> None:
+    """A training step; MemoryError with advice where memory does not suffice."""
+    try:
+        engine.train_step(feed, size)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # no sooner: the error's frames hold what the step had allocated
+    raise MemoryError(advice(engine, feed))
+
+
+def _feed(
+    cfg: TrainConfig, name: str, store: EventStore, device: torch.device, say: Callable
+) -> Feed | StreamedFeed:
+    """A set's batches, from the device or streamed to it; says which."""
+    feed, decision = make_feed(store, device, cfg.event_mib)
+    say(f"{name} {decision}")
+    return feed
 
 
 def _read_metrics(path: Path, epochs: int, layers: int) -> tuple[dict, list[dict]]:
@@ -341,7 +370,7 @@ def load_data(cfg: TrainConfig) -> Splits:
 
 def evaluate_run(cfg: TrainConfig, runs: list[Path], splits: Splits, device: torch.device) -> None:
     """Print the test accuracy of finished runs' best weights."""
-    test = DeviceEvents(splits.test, device)
+    test = _feed(cfg, "test", splits.test, device, print)
     channels = -(-splits.train.num_channels // cfg.channel_bin)
     for run in runs:
         model = build_model(cfg, channels, len(splits.train.class_names)).to(device)
@@ -354,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
         return _main(config.parse(argv))
-    except (ValueError, OSError, NonFiniteError) as error:
+    except (ValueError, OSError, MemoryError, NonFiniteError) as error:
         # a user's mistake or the machine's, named where it was found
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -362,8 +391,8 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        # torch's own where memory does not suffice; any other is this program's mistake
-        if "memory" not in str(error):
+        # where memory does not suffice before or after the training
+        if not is_out_of_memory(error):
             raise
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

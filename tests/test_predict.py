@@ -247,8 +247,8 @@ def test_a_spoiled_run_is_one_line_and_nothing_is_written(tmp_path, file, what, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--device", "tpu"], "device: expected one that is here, got 'tpu'"),
-        (["--device", "cuda:99"], "device: expected one that is here, got 'cuda:99'"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
+        (["--device", "cuda:99"], "device: cuda:99 is not here"),
         (["--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["--out", "/dev/null/out.csv"], "Not a directory"),
         (["--stream"], "a cnn sees all bins at once and cannot stream"),

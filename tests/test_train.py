@@ -1,5 +1,6 @@
 """The training command: what a run leaves, resuming bit for bit, and a line for a mistake."""
 
+import gzip
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpn_triton import checkpoint, engine, train
+from gpn_triton import checkpoint, engine, roofline, train
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore, load_splits, write_events
+from gpn_triton.data.feed import Feed
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 SMALL = ["--hidden", "8", "--time-bins", "6", "--batch-size", "8", "--device", "cpu"]
 
 
@@ -235,7 +238,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(files):
         torch.manual_seed(0)
         cfg = TrainConfig(hidden=(8,), time_bins=6, batch_size=batch_size)
         net = train.Engine(cfg, train.build_model(cfg, 700, 2), torch.device("cpu"))
-        losses.append(net.evaluate(DeviceEvents(splits.valid)))
+        losses.append(net.evaluate(Feed(DeviceEvents(splits.valid))))
     for other in losses[1:]:
         assert other["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
         assert other["accuracy"] == losses[0]["accuracy"]
@@ -316,7 +319,7 @@ def spoil(monkeypatch, owner, name, step):
     def spoiled(*arguments, **options):
         result = function(*arguments, **options)
         # six training batches and one of validation an epoch; bin_batch is not counted there
-        if (name != "bin_batch" or arguments[-1] is not None) and next(calls) == step:
+        if (name != "bin_batch" or arguments[-2] is not None) and next(calls) == step:
             return result + torch.inf
         return result
 
@@ -372,3 +375,60 @@ def test_a_full_disk_ends_the_run_with_one_line(files, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "save_checkpoint", full)
     assert train.main([*files, *SMALL, "--epochs", "2"]) == 2
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_results_hold_throughput_and_the_share_of_the_floor(files):
+    assert train.main([*files, *SMALL, "--epochs", "2"]) == 0
+    result = json.loads((only_run(files[-1]) / "result.json").read_text())
+    # 44 samples of 6 steps
+    floor = roofline.training_floor("gpn", [8], 700, 2, 6, 44, None, roofline.ceilings(CPU))
+    assert result["floor_seconds_per_epoch"] == pytest.approx(floor)
+    assert result["fraction_of_floor"] == pytest.approx(floor / result["seconds_per_epoch"])
+    assert result["samples_per_second"] == pytest.approx(44 / result["seconds_per_epoch"])
+    assert "measured" in result["ceilings"]["source"]
+
+
+def test_a_profile_is_printed_and_lies_in_the_runs_folder(files, capsys):
+    assert train.main([*files, *SMALL, "--epochs", "3", "--profile", "4"]) == 0
+    run = only_run(files[-1])
+    text = (run / "profile.txt").read_text()
+    assert text in capsys.readouterr().out
+    assert text.startswith("4 training steps of ") and "gpn_triton::recurrence" in text
+    assert "forward" in text and "data" in text
+    trace = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))
+    assert any("gpn_triton::recurrence" in e.get("name", "") for e in trace["traceEvents"])
+
+
+def test_where_and_in_which_parts_may_change_on_resuming(files, capsys):
+    whole = [*SMALL, "--epochs", "4"]
+    assert train.main([*files[:-1], files[-1] + "-whole", *whole]) == 0
+    expected = json.loads((only_run(files[-1] + "-whole") / "result.json").read_text())
+    assert train.main([*files, *whole, "--accumulate", "3", "--event-mib", "1", "--no-graph"]) == 0
+    run = only_run(files[-1])
+    result = json.loads((run / "result.json").read_text())
+    assert result["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
+    assert train.main(["--eval-only", str(run), "--accumulate", "2", "--event-mib", "2"]) == 0
+    (run / "result.json").unlink()
+    (run / "checkpoint-00004-000000.pt").unlink()
+    resume = ["--resume", str(run)]
+    assert train.main([*resume, "--accumulate", "1", "--no-graph", "--event-mib", "2"]) == 0
+    resumed = json.loads((run / "result.json").read_text())
+    assert resumed["test_loss"] == pytest.approx(result["test_loss"], rel=1e-4)
+    assert train.main([*resume, "--lr", "1"]) == 2
+    assert "remove --lr" in capsys.readouterr().err
+
+
+def test_want_of_memory_is_one_line_with_what_fits(files, monkeypatch, capsys):
+    forward = engine.Engine._forward
+
+    def limited(self, model, events, indices, *rest):
+        if self.model.training and len(indices) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, model, events, indices, *rest)
+
+    monkeypatch.setattr(engine.Engine, "_forward", limited)
+    assert train.main([*files, *SMALL, "--epochs", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: a step of 8 samples at once; --accumulate 4")
+    run = only_run(files[-1])
+    assert train.main(["--resume", str(run), "--accumulate", "4"]) == 0
