@@ -282,7 +282,7 @@ def tuning_row(problem: Problem, strategy: str, tile: Tile, results: dict) -> Ro
 
     def backward(plan: Plan, saved: tuple) -> tuple:
         return recurrence_backward(
-            problem.cotangent, None, x, *weights, state, saved[0], saved[2],
+            problem.cotangent, None, x, *weights, state, saved[3], saved[2],
             gates, "atan", 2.0, 1, False, plan,
         )  # fmt: skip
 

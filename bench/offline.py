@@ -101,7 +101,7 @@ def other_layers() -> list[Layer]:
 def multiplies(report: Report) -> bool:
     """Whether the kernel holds a matrix product."""
     constants = report.constants
-    return "gradient" not in report.kernel and constants["GATES"] and constants.get("PRODUCT", True)
+    return "PRECISION" in constants and constants["GATES"] and constants.get("PRODUCT", True)
 
 
 def faults(report: Report, capability: int) -> list[str]:
@@ -117,7 +117,8 @@ def faults(report: Report, capability: int) -> list[str]:
         found.append(f"shared memory: {report.shared_bytes} of {SHARED_BYTES[capability]} bytes")
     if report.registers * 32 * report.num_warps > REGISTERS:
         found.append(f"registers: {report.registers} x {32 * report.num_warps} threads")
-    tensor_cores = report.constants["FAST"] or report.constants.get("PRECISION") == "tf32"
+    constants = report.constants
+    tensor_cores = constants.get("FAST") or constants.get("PRECISION") == "tf32"
     if multiplies(report) and tensor_cores and not report.mma:
         found.append("no tensor-core instruction")
     if "persistent" in report.kernel or multiplies(report):
@@ -147,6 +148,8 @@ def _name(report: Report) -> str:
         name += ", first step"
     if not constants.get("CELL", True):
         name += ", last product"
+    if constants.get("MASKED"):
+        name += ", masked"
     return name
 
 

@@ -1,4 +1,4 @@
-"""gpn(): the GPN recurrence as one differentiable operator, whatever computes it.
+"""gpn(), gpn_packed(): the GPN recurrence as one differentiable operator, whatever computes it.
 
 Checks the arguments, applies the autocast policy, chooses the backend and registers the custom
 operators gpn_triton::recurrence and gpn_triton::recurrence_backward with torch, so that autograd,
@@ -66,6 +66,35 @@ def gpn(
         RuntimeError: the backend asked for cannot run here.
     Source: arXiv 2412.01087; reference.gpn_loop is the definition.
     """
+    arguments = (x, weight_x, weight_v, bias, v_reset, v0, variant, surrogate, alpha)
+    return gpn_packed(*arguments, backend, checkpoint_every, output)[:2]
+
+
+def gpn_packed(
+    x: Tensor,
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
+    v_reset: Tensor | None = None,
+    v0: Tensor | None = None,
+    variant: str = "full",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    backend: str = "auto",
+    checkpoint_every: int | None = None,
+    output: str = "spikes",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """gpn() that also returns the packed spikes it holds for backward, for spike_linear to share.
+
+    Args:
+        As gpn.
+    Returns:
+        spikes (or their mean) and v_final as gpn; bits [ceil(T / 32), B, N] int32, not
+        differentiable: bit t % 32 of word t // 32 is the spike at step t. None where nothing needs
+        a gradient and nothing is held.
+    Raises:
+        As gpn.
+    """
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x: expected [T, B, N] with every size at least 1, got {list(x.shape)}")
     if x.dtype not in _FLOATS:
@@ -104,11 +133,11 @@ def gpn(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *weights, v0)
     )
-    out, v_final, _, _ = _recurrence(
+    out, v_final, _, bits = _recurrence(
         x, *weights, v_reset, v0,
         variant, surrogate, float(alpha), backend, every if needs_grad else 0, output == "mean",
     )  # fmt: skip
-    return out, v_final
+    return out, v_final, bits if needs_grad else None
 
 
 def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor, variant: str):
@@ -128,7 +157,7 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
         raise ValueError(f"{name}: expected on x's device {x.device}, got {tensor.device}")
 
 
-def _choose_backend(backend: str, x: Tensor) -> str:
+def choose_backend(backend: str, x: Tensor) -> str:
     """torch or triton; raises RuntimeError if triton was asked for and cannot run.
 
     Called within the operators, where torch.compile does not look.
@@ -201,7 +230,8 @@ class Explanation:
 
     plan: tiles.Plan. kernels: offline.Report of each kernel, or None and why_not_compiled.
     forward_gflop, backward_gflop: products only. forward_mib, backward_mib: read and written if
-    nothing stayed in a cache. saved_mib: kept from forward for backward, x and spikes included.
+    nothing stayed in a cache. saved_mib: kept from forward for backward: x, the saved membranes and
+    the spikes in one bit each (a spike_linear that follows holds nothing of [T, B, N] more).
     workspace_mib: live within a call, whatever T.
     """
 
@@ -287,7 +317,7 @@ def explain(
 
     G, cells, size = len(gates), T * B * N, dtype.itemsize
     product = 2 * cells * G * N  # one of [T B, N] with [G N, N]
-    s_bytes = cells / 8 if mean else cells * size
+    s_bytes, bit_bytes = 0 if mean else cells * size, -(-T // reference.WORD) * B * N * 4
     v_bytes = cells / every * size
     z_bytes = cells * G * size
     backward_z = plan.backward_steps * B * N * size
@@ -300,11 +330,12 @@ def explain(
         # z again, the products with weight_v and weight_x, their gradients; replay: weight_v once
         backward_gflop=(6 + (every > 1)) * product / 1e9,
         # x once for the product and once in the step, z written and read
-        forward_mib=(2 * cells * size + s_bytes + v_bytes + 2 * z_bytes * plan.hoist) / 2**20,
+        forward_mib=(2 * cells * size + s_bytes + bit_bytes + v_bytes + 2 * z_bytes * plan.hoist)
+        / 2**20,
         # z is written, added to, read by two kernels, overwritten and read by four products; x, v,
         # spikes, g_s, g_u, rest and g_x pass by in between
-        backward_mib=(9 * z_bytes + 12 * cells * size + 2 * s_bytes + v_bytes) / 2**20,
-        saved_mib=(cells * size + s_bytes + v_bytes) / 2**20,
+        backward_mib=(9 * z_bytes + 12 * cells * size + s_bytes + bit_bytes + v_bytes) / 2**20,
+        saved_mib=(cells * size + bit_bytes + v_bytes) / 2**20,
         # z, g_u, rest, g_x, and v where it is replayed
         workspace_mib=backward_z * (G + 3 + (every > 1)) / 2**20,
     )
@@ -328,7 +359,7 @@ def _recurrence(
     """spikes or their mean, v_final, v_saved, spike_bits: see reference.gpn_forward."""
     arguments = (x, weight_x, weight_v, bias, v_reset, v0)
     with torch.autocast(x.device.type, enabled=False):
-        if _choose_backend(backend, x) == "torch":
+        if choose_backend(backend, x) == "torch":
             return reference.gpn_forward(*arguments, variant, every, mean)
         from gpn_triton.kernels.recurrence_forward import recurrence_forward
 
@@ -345,7 +376,7 @@ def _(x, weight_x, weight_v, bias, v_reset, v0, variant, surrogate, alpha, backe
         v0.new_empty(B, N) if mean else x.new_empty(x.shape),
         v0.new_empty(B, N),
         x.new_empty(-(-T // every) if every else 0, B, N, dtype=saved),
-        x.new_empty(-(-T // 32) if mean and every else 0, B, N, dtype=torch.int32),
+        x.new_empty(-(-T // reference.WORD) if every else 0, B, N, dtype=torch.int32),
     )
 
 
@@ -358,7 +389,7 @@ def _recurrence_backward(
     weight_v: Tensor | None,
     bias: Tensor | None,
     v_reset: Tensor,
-    spikes: Tensor,
+    bits: Tensor,
     v_saved: Tensor,
     variant: str,
     surrogate: str,
@@ -368,10 +399,10 @@ def _recurrence_backward(
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight_x, weight_v, bias (empty without weights), v0."""
-    arguments = (g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, spikes, v_saved)
+    arguments = (g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, bits, v_saved)
     options = (surrogate, alpha, every, mean)
     with torch.autocast(x.device.type, enabled=False):
-        if _choose_backend(backend, x) == "torch":
+        if choose_backend(backend, x) == "torch":
             gradients = reference.gpn_backward(*arguments, variant, *options)
         else:
             from gpn_triton.kernels.recurrence_backward import recurrence_backward
@@ -385,7 +416,7 @@ def _recurrence_backward(
 
 @_recurrence_backward.register_fake
 def _(
-    g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, spikes, v_saved,
+    g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, bits, v_saved,
     variant, surrogate, alpha, backend, every, mean,
 ):  # fmt: skip
     def like(t):
@@ -396,11 +427,10 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     x, weight_x, weight_v, bias, v_reset, _, *options = inputs
-    out, _, v_saved, bits = output
+    _, _, v_saved, bits = output
     ctx.options = options
     ctx.set_materialize_grads(False)
-    spikes = bits if options[-1] else out
-    ctx.save_for_backward(x, weight_x, weight_v, bias, v_reset, spikes, v_saved)
+    ctx.save_for_backward(x, weight_x, weight_v, bias, v_reset, bits, v_saved)
 
 
 def _autograd_backward(ctx, g_out, g_v_final, _g_v_saved, _g_bits):

@@ -36,6 +36,8 @@ GATES: dict[str, tuple[str, ...]] = {
 # weights and adding to their gradients does not outweigh the product; few enough to stay in a CPU's
 # cache, and a bound on memory that does not grow with T
 CHUNK_ROWS = 512
+# steps of packed spikes in a word
+WORD = 32
 
 
 def _gate_values(
@@ -127,16 +129,22 @@ def _storable(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v.to(dtype)
 
 
-def unpack_spikes(bits: Tensor, start: int, stop: int) -> Tensor:
+def unpack_spikes(bits: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Read steps start..stop - 1 of spikes packed 32 steps a word.
 
     Args:
         bits [ceil(T / 32), B, N] int32: bit t % 32 of word t // 32 is the spike at step t.
     Returns:
-        [stop - start, B, N] int32: 0 or 1.
+        [stop - start, B, N] of dtype: 0 or 1.
     """
-    t = torch.arange(start, stop, device=bits.device)
-    return (bits[t // 32] >> (t % 32).to(torch.int32)[:, None, None]) & 1
+    spikes = torch.empty((stop - start, *bits.shape[1:]), dtype=dtype, device=bits.device)
+    place = torch.arange(WORD, dtype=torch.int32, device=bits.device)[:, None, None]
+    # word by word: gathering the word of every step costs as much as all the rest
+    for word in range(start // WORD, -(-stop // WORD)):
+        first, last = max(start - WORD * word, 0), min(stop - WORD * word, WORD)
+        at = WORD * word - start
+        spikes[at + first : at + last] = (bits[word] >> place[first:last]).bitwise_and_(1)
+    return spikes
 
 
 def gpn_forward(
@@ -160,15 +168,17 @@ def gpn_forward(
     Returns:
         spikes [T, B, N] of x's dtype, or their mean [B, N] in the state's dtype;
         v_final [B, N]; v_saved [ceil(T / every), B, N] (half types are saved as float16);
-        spike_bits [ceil(T / 32), B, N] int32 if mean, else empty: see unpack_spikes.
+        spike_bits [ceil(T / 32), B, N] int32: see unpack_spikes. Both are empty if every is 0.
     """
     T, B, N = x.shape
     state = v0.dtype
     saved_dtype = torch.float16 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=saved_dtype)
     spikes = x.new_zeros((B, N), dtype=state) if mean else x.new_empty(x.shape)
-    keep_bits = mean and every > 0
-    bits = torch.zeros((-(-T // 32) if keep_bits else 0, B, N), dtype=torch.int32, device=x.device)
+    words = -(-T // WORD) if every else 0
+    bits = torch.zeros((words, B, N), dtype=torch.int32, device=x.device)
+    # half a word at a time as a float, which holds 16 bits exactly: one pass a step, not three
+    half_word, half = torch.zeros_like(v0), WORD // 2
     v = v0
     # where nothing has to be cast, spikes and membranes are written to their place at once
     direct = not mean and x.dtype == state
@@ -184,10 +194,13 @@ def gpn_forward(
             s = torch.ge(h, theta, out=spikes[t]) if direct else (h >= theta).to(state)
             if mean:
                 spikes += s
-                if keep_bits:
-                    bits[t // 32] |= s.to(torch.int32) << (t % 32)
             elif not direct:
                 spikes[t] = s
+            if every:
+                half_word.add_(s, alpha=1 << t % half)
+                if t % half == half - 1 or t == T - 1:
+                    bits[t // WORD] |= half_word.to(torch.int32) << (t & half)
+                    half_word.zero_()
             v = _next_v(h, s, b, v_reset)
     return (spikes / T if mean else spikes), v, v_saved, bits
 
@@ -218,7 +231,7 @@ def gpn_backward(
     weight_v: Tensor | None,
     bias: Tensor | None,
     v_reset: Tensor,
-    spikes: Tensor,
+    bits: Tensor,
     v_saved: Tensor,
     variant: str,
     surrogate: str,
@@ -240,7 +253,7 @@ def gpn_backward(
 
     Args:
         g_spikes [T, B, N], or [B, N] if mean; None: zero. g_v_final [B, N]; None: zero.
-        spikes [T, B, N], or spike_bits if mean, and v_saved: as gpn_forward returned them.
+        bits, v_saved: as gpn_forward returned them.
         The rest as gpn_forward; the weights and v_reset in the dtype the gradients are computed in.
     Returns:
         g_x [T, B, N] of x's dtype, g_weight_x, g_weight_v, g_bias, g_v0 [B, N].
@@ -270,7 +283,7 @@ def gpn_backward(
     for start, stop in reversed(list(_chunks(T, B, N, every))):
         n = stop - start
         x_c = x[start:stop].to(state).contiguous()
-        s_c = (unpack_spikes(spikes, start, stop) if mean else spikes[start:stop]).to(state)
+        s_c = unpack_spikes(bits, start, stop, state)
         saved = v_saved[start // every : -(-stop // every)].to(state)
         g_z = x_c.new_empty(n, B, len(names) * N)
         z, v_c = None, saved

@@ -22,9 +22,10 @@ from gpn_triton.reference import GATES
 # of N elements that a variant without gates has not.
 # x written, read by the product and by the step; z written and read by G; v and spike written
 GPN_FORWARD = {"N": 4, "products": 1, "GN": 2}
-# product of z: x, v read, z written. step: z, x, v, spike, gradient of the spike read, g_z written.
-# product of g_x: g_z read, g_x written. weights: g_z, x, v read. input Linear: g_x read
-GPN_BACKWARD = {"N": 6, "products": 4, "GN": 5}
+# product of z: x, v read, z written. step: z, x, v, gradient of the spike read (the spike itself is
+# one bit), g_z written. product of g_x: g_z read, g_x written. weights: g_z, x, v read. input
+# Linear: g_x read
+GPN_BACKWARD = {"N": 5, "products": 4, "GN": 5}
 # cell and output written, output read as operand; z written and read
 ANN_FORWARD = {"N": 3, "GN": 2}
 # gates, cell, output and gradient read, g_z written, then read for inputs and for weights

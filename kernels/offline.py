@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from gpn_triton.kernels import tiles
 from gpn_triton.kernels.recurrence_backward import recurrence_backward
 from gpn_triton.kernels.recurrence_forward import recurrence_forward
+from gpn_triton.kernels.spikes import spikes_unpack
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # shared memory one program may have, by compute capability, from the CUDA programming guide
@@ -148,7 +149,8 @@ def compile_layer(
     precision: str = "ieee",
     plan: tiles.Plan | None = None,
 ) -> tuple[tiles.Plan, list[Report]]:
-    """Compile every kernel that forward and backward of one layer launch.
+    """Compile every kernel that forward and backward of one layer launch, and of the linear layer
+    on its spikes.
 
     Args:
         N, dtype, gates, surrogate, every, mean: of the layer; T, B: what the plan is chosen for.
@@ -174,7 +176,10 @@ def compile_layer(
         )
         g_out = torch.zeros_like(out)
         recurrence_backward(
-            g_out, None, x, *weights, state, bits if mean else out, v_saved,
+            g_out, None, x, *weights, state, bits, v_saved,
             gates, surrogate, 2.0, every, mean, plan,
         )  # fmt: skip
+        if not mean:
+            for mask in (None, state):
+                spikes_unpack(bits, mask, 0, steps, dtype)
     return plan, [read(*entry) for entry in found]

@@ -173,15 +173,10 @@ def load_gate(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def load_spikes(
-    spikes_ptr, bits_ptr, t, B, first, offs, mask, N: tl.constexpr, MEAN: tl.constexpr
-):  # fmt: skip
-    """The saved spikes at step t as 0.0 or 1.0, from bits [T / 32, B, N] if MEAN.
+def load_spikes(bits_ptr, t, B, first, offs, mask, N: tl.constexpr):
+    """The spikes at step t as 0.0 or 1.0, from bits [ceil(T / 32), B, N].
 
     first is the row of the batch (int64) that offs starts from.
     """
-    if MEAN:
-        word = tl.load(bits_ptr + ((t // 32) * B + first) * N + offs, mask=mask, other=0)
-        return ((word >> (t % 32)) & 1).to(tl.float32)
-    else:
-        return tl.load(spikes_ptr + (t * B + first) * N + offs, mask=mask, other=0.0).to(tl.float32)
+    word = tl.load(bits_ptr + ((t // 32) * B + first) * N + offs, mask=mask, other=0)
+    return ((word >> (t % 32)) & 1).to(tl.float32)

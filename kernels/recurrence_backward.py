@@ -120,10 +120,9 @@ def _add_product(g, g_z, w, gate: tl.constexpr, GATES: tl.constexpr, PRECISION: 
 
 @triton.jit
 def _step(
-    g_v, z_ptr, x_ptr, spikes_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+    g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
     row, t, rows_per_step, first, offs, offs_z, mask,
-    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, MEAN: tl.constexpr,
-    FAST: tl.constexpr,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Read one step of a tile, store its g_z and g_h i; row is the step's place in the chunk.
 
@@ -139,7 +138,7 @@ def _step(
     x = x.to(tl.float32)
     v = tl.load(v_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     g_u = tl.load(g_u_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    s = load_spikes(spikes_ptr, bits_ptr, t, rows_per_step, first, offs, mask, N, MEAN)
+    s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N)
     g_direct, g_x, g_z_f, g_z_i, g_z_b = next_v_gradient(
         g_v, g_u, z_f, z_i, z_b, v, x, s, GATES, FAST
     )
@@ -155,10 +154,10 @@ def _step(
 
 @triton.jit(do_not_specialize=["start", "steps", "B"])
 def recurrence_backward_persistent_kernel(
-    z_ptr, x_ptr, spikes_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
+    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
     g_v_ptr, g_z_ptr, g_x_ptr,
     start, steps, B,
-    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, MEAN: tl.constexpr,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -180,9 +179,9 @@ def recurrence_backward_persistent_kernel(
     for back in tl.range(0, steps, num_stages=STAGES):
         row = steps - 1 - back
         g_v, g_z_f, g_z_i, g_z_b = _step(
-            g_v, z_ptr, x_ptr, spikes_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+            g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
             row, start + row, rows_per_step, first, offs, offs_z, mask,
-            N, GATES, DEPTH, MEAN, FAST,
+            N, GATES, DEPTH, FAST,
         )  # fmt: skip
         # three sums side by side, not one chain three times as long
         none = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -208,10 +207,10 @@ def _load_open(
 
 @triton.jit(do_not_specialize=["row", "start", "B"])
 def recurrence_backward_stepwise_kernel(
-    z_ptr, x_ptr, spikes_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
+    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
     g_v_ptr, g_z_ptr, g_x_ptr,
     row, start, B,
-    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, MEAN: tl.constexpr,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
     PRODUCT: tl.constexpr, CELL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
@@ -252,9 +251,9 @@ def recurrence_backward_stepwise_kernel(
         g_v += g_f + g_i + g_b
     if CELL:
         g_v, _, _, _ = _step(
-            g_v, z_ptr, x_ptr, spikes_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+            g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
             row, start + row, rows_per_step, first, offs, offs_z, mask,
-            N, GATES, DEPTH, MEAN, FAST,
+            N, GATES, DEPTH, FAST,
         )  # fmt: skip
     tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
 
@@ -274,7 +273,7 @@ def recurrence_backward(
     weight_v: Tensor | None,
     bias: Tensor | None,
     v_reset: Tensor,
-    spikes: Tensor,
+    bits: Tensor,
     v_saved: Tensor,
     gates: tuple[str, ...],
     surrogate: str,
@@ -289,7 +288,7 @@ def recurrence_backward(
         g_out [T, B, N], or [B, N] if mean: gradient of the spikes or of their mean; None: zero.
         g_v_final [B, N]: gradient of v_final; None: zero.
         x, weight_x, weight_v, bias, v_reset, gates, plan: as recurrence_forward had them.
-        spikes [T, B, N], or spike_bits if mean, and v_saved: as recurrence_forward returned them.
+        bits [ceil(T / 32), B, N], v_saved: as recurrence_forward returned them.
         surrogate, alpha: see surrogate.SURROGATES.
     Returns:
         g_x [T, B, N] of x's dtype, g_weight_x, g_weight_v, g_bias, g_v0 [B, N] float32.
@@ -299,13 +298,13 @@ def recurrence_backward(
         g_x, *g_weights, g_v = recurrence_backward(
             *(resize(a, P) for a in (g_out, g_v_final, x)),
             *(resize_weights(w, N, P) for w in (weight_x, weight_v, bias)),
-            *(resize(a, P) for a in (v_reset, spikes, v_saved)),
+            *(resize(a, P) for a in (v_reset, bits, v_saved)),
             gates, surrogate, alpha, every, mean, plan,
         )  # fmt: skip
         g_weights = (resize_weights(g, P, N) for g in g_weights)
         return resize(g_x, N), *g_weights, resize(g_v, N)
     G = len(gates)
-    x, v_reset, spikes = x.contiguous(), v_reset.contiguous(), spikes.contiguous()
+    x, v_reset, bits = x.contiguous(), v_reset.contiguous(), bits.contiguous()
     operand, gradient = v_saved.dtype, gradient_dtype(x.dtype)
     weight_x16, weight_v16, bias16 = (cast(w, operand) for w in (weight_x, weight_v, bias))
     weight_x_g, weight_v_g = cast(weight_x, gradient), cast(weight_v, gradient)
@@ -342,7 +341,7 @@ def recurrence_backward(
             v = v_saved[start:stop]
         else:
             v = recurrence_replay(
-                v_saved, x, spikes, z, weight_v16, v_reset, gates, start, stop, every, mean, plan
+                v_saved, x, bits, z, weight_v16, v_reset, gates, start, stop, every, plan
             )
         g_u = x.new_empty(steps, B, N, dtype=gradient)
         g_x_direct = torch.empty_like(g_u)
@@ -360,8 +359,8 @@ def recurrence_backward(
         if "theta" in gates:
             rest = rows[:, serial:] @ weight_v_g[serial:]
         run(
-            (z, x, spikes, spikes, v, g_u, rest, weight_v_g, g_v, g_z, g_x_direct),
-            start, steps, B, plan, dict(MEAN=mean, PRECISION=plan.precision, **constants),
+            (z, x, bits, v, g_u, rest, weight_v_g, g_v, g_z, g_x_direct),
+            start, steps, B, plan, dict(PRECISION=plan.precision, **constants),
         )  # fmt: skip
         g_x_rows = g_x_direct.view(steps * B, N)
         if G:

@@ -14,9 +14,10 @@ Layout, all contiguous. x, spikes [T, B, N] of x's dtype; weight_v, weight_x [G 
 order f, i, b, theta; v_reset, v [B, N] float32; zx = weight_x x + bias [steps, B, G N] for a chunk
 of time and v_saved [ceil(T / every), B, N] in the operands' dtype: float16 for half x or float32.
 
-Read: zx, x, v_reset. Written: spikes, or with MEAN their counts [B, N] float32 and, where backward
-follows, the spikes packed 32 steps a word into bits [ceil(T / 32), B, N]; v at every `every`-th
-step. Gates and h are never stored. State, gates and accumulators are float32.
+Read: zx, x, v_reset. Written: spikes, or with MEAN their counts [B, N] float32; with SAVE, for
+backward, the spikes packed 32 steps a word into bits [ceil(T / 32), B, N] int32 and v at every
+`every`-th step. A replay reads the bits and writes v alone. Gates and h are never stored. State,
+gates and accumulators are float32.
 
 Source: arXiv 2412.01087. Twin: reference.gpn_forward.
 """
@@ -129,7 +130,7 @@ def recurrence_forward_persistent_kernel(
             z_t = _add_product(z_t, operand, w_t, "t", GATES, PRECISION)
         h, theta = cell(z_f, z_i, z_t, v, x, GATES, FAST)
         if REPLAY:
-            s = load_spikes(spikes_ptr, bits_ptr, t, rows_per_step, first, offs, mask, N, MEAN) > 0
+            s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
         else:
             s = h >= theta
         v = next_v(h, s, z_b, v_reset, GATES, FAST)
@@ -142,13 +143,12 @@ def recurrence_forward_persistent_kernel(
                 due = ((t + 1) % every == 0) & (t + 1 < T)
                 v_row = ((t + 1) // every) * rows_per_step + first
                 tl.store(v_saved_ptr + v_row * N + offs, to_operand(v, OPERAND), mask=mask & due)
+                word = tl.where(t % 32 == 0, 0, word) | (s.to(tl.int32) << (t % 32))
+                due = (t % 32 == 31) | (t + 1 == T)
+                word_row = (t // 32) * rows_per_step + first
+                tl.store(bits_ptr + word_row * N + offs, word, mask=mask & due)
             if MEAN:
                 count += s.to(tl.float32)
-                if SAVE:
-                    word = tl.where(t % 32 == 0, 0, word) | (s.to(tl.int32) << (t % 32))
-                    due = (t % 32 == 31) | (t + 1 == T)
-                    word_row = (t // 32) * rows_per_step + first
-                    tl.store(bits_ptr + word_row * N + offs, word, mask=mask & due)
             else:
                 s_row = t * rows_per_step + first
                 tl.store(
@@ -241,7 +241,7 @@ def recurrence_forward_stepwise_kernel(
     v = tl.load(v_ptr + own + offs, mask=mask, other=0.0)
     h, theta = cell(z_f, z_i, z_t, v, x, GATES, FAST)
     if REPLAY:
-        s = load_spikes(spikes_ptr, bits_ptr, t, rows_per_step, first, offs, mask, N, MEAN) > 0
+        s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
     else:
         s = h >= theta
     v = next_v(h, s, z_b, v_reset, GATES, FAST)
@@ -252,13 +252,13 @@ def recurrence_forward_stepwise_kernel(
         if MEAN:
             count = tl.load(counts_ptr + first * N + offs, mask=mask, other=0.0)
             tl.store(counts_ptr + first * N + offs, count + s.to(tl.float32), mask=mask)
-            if SAVE:
-                bits_t = bits_ptr + ((t // 32) * rows_per_step + first) * N
-                word = tl.load(bits_t + offs, mask=mask & (t % 32 != 0), other=0)
-                tl.store(bits_t + offs, word | (s.to(tl.int32) << (t % 32)), mask=mask)
         else:
             s_t = spikes_ptr + (t * rows_per_step + first) * N
             tl.store(s_t + offs, s.to(spikes_ptr.dtype.element_ty), mask=mask)
+        if SAVE:
+            bits_t = bits_ptr + ((t // 32) * rows_per_step + first) * N
+            word = tl.load(bits_t + offs, mask=mask & (t % 32 != 0), other=0)
+            tl.store(bits_t + offs, word | (s.to(tl.int32) << (t % 32)), mask=mask)
 
 
 def cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -320,7 +320,8 @@ def recurrence_forward(
         plan: tiles.choose(...).
     Returns:
         spikes [T, B, N] of x's dtype, or their mean [B, N] float32; v_final [B, N] float32;
-        v_saved [ceil(T / every), B, N]; spike_bits [ceil(T / 32), B, N] int32 if mean, else empty.
+        v_saved [ceil(T / every), B, N] and spike_bits [ceil(T / 32), B, N] int32, empty if every is
+        0.
     """
     T, B, N = x.shape
     if (P := padded(N, x.dtype)) != N:
@@ -334,7 +335,7 @@ def recurrence_forward(
     weight_x, weight_v, bias = (cast(w, operand) for w in (weight_x, weight_v, bias))
     v = v0.clone(memory_format=torch.contiguous_format)
     v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=operand)
-    bits = x.new_empty((-(-T // 32) if mean and every else 0, B, N), dtype=torch.int32)
+    bits = x.new_empty((-(-T // 32) if every else 0, B, N), dtype=torch.int32)
     counts = torch.zeros_like(v) if mean else v
     spikes = x if mean else torch.empty_like(x)
     if every:
@@ -407,7 +408,7 @@ def _stepwise(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean,
 def recurrence_replay(
     v_saved: Tensor,
     x: Tensor,
-    spikes: Tensor,
+    bits: Tensor,
     zx: Tensor,
     weight_v: Tensor | None,
     v_reset: Tensor,
@@ -415,7 +416,6 @@ def recurrence_replay(
     start: int,
     stop: int,
     every: int,
-    mean: bool,
     plan: Plan,
 ) -> Tensor:
     """v at every step of a chunk, from the v saved every `every` steps and the saved spikes.
@@ -424,8 +424,8 @@ def recurrence_replay(
     recomputed ones: rounding could cross the threshold the other way.
 
     Args:
-        v_saved [ceil(T / every), B, N], x [T, B, N], spikes: as recurrence_forward gave them
-            (spike_bits if mean). zx [stop - start, B, G N]: project() of the chunk.
+        v_saved [ceil(T / every), B, N], x [T, B, N], bits [ceil(T / 32), B, N]: as
+            recurrence_forward had and gave them. zx [stop - start, B, G N]: project() of the chunk.
         weight_v [G N, N]: in v_saved's dtype. v_reset [B, N] float32.
         start, stop: the chunk; start is a multiple of every.
     Returns:
@@ -438,13 +438,13 @@ def recurrence_replay(
     tile = plan.forward
     tiles = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N))
     constants = dict(
-        MEAN=mean, SAVE=True, REPLAY=True, BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N,
+        MEAN=False, SAVE=True, REPLAY=True, BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N,
         STAGES=tile.num_stages, OPERAND=TL_DTYPES[v.dtype], num_warps=tile.num_warps,
         **_constants(x, gates, plan),
     )  # fmt: skip
     if plan.strategy == "persistent":
         recurrence_forward_persistent_kernel[(*tiles, triton.cdiv(steps, every))](
-            zx, x, weight_v, v_reset, v_reset, v, spikes, spikes, v_reset,
+            zx, x, weight_v, v_reset, v_reset, v, x, bits, v_reset,
             start, stop, stop, B, every, **constants,
         )  # fmt: skip
         return v
@@ -453,7 +453,7 @@ def recurrence_replay(
         segments = triton.cdiv(steps - 1 - j, every)
         recurrence_forward_stepwise_kernel[(*tiles, segments)](
             zx, x, weight_v, zx, weight_v, v_reset, v,
-            state, v, spikes, spikes, v_reset,
+            state, v, x, bits, v_reset,
             start + j, j, j, j + 1, B, every,
             HOIST=True, BLOCK_K=tile.BLOCK_K, **constants,
         )  # fmt: skip

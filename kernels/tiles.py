@@ -105,7 +105,7 @@ def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) 
     size, G = operand_dtype(dtype).itemsize, len(gates)
     serial = G - ("theta" in gates)
     weight, tile = block(N) ** 2, PERSISTENT_B * block(N)
-    # backward reads z of the serial gates, x, v, g_u, rest and the spikes (a word, if packed)
+    # backward reads z of the serial gates, x, v, g_u, rest and a word of spikes
     return {
         "forward": (size * (G * weight + tile), size * (G + 1) * tile),
         "backward": (

@@ -70,14 +70,14 @@ def plan_of(x, strategy=None, **changes):
 
 
 def run(inputs, g_out, plan):
-    """spikes, v_final, v_saved, and the gradients as reference.gpn_backward returns them."""
+    """spikes, v_final, bits, v_saved, and the gradients as reference.gpn_backward returns them."""
     x, *weights, v_reset, v0 = inputs
-    spikes, v_final, v_saved, _ = recurrence_forward(*inputs, GATES["full"], 1, False, plan)
+    spikes, v_final, v_saved, bits = recurrence_forward(*inputs, GATES["full"], 1, False, plan)
     gradients = recurrence_backward(
-        g_out, None, x, *weights, v_reset, spikes, v_saved,
+        g_out, None, x, *weights, v_reset, bits, v_saved,
         GATES["full"], "atan", 2.0, 1, False, plan,
     )  # fmt: skip
-    return spikes, v_final, v_saved, gradients
+    return spikes, v_final, bits, v_saved, gradients
 
 
 def check_steps(inputs, spikes, v_final, v_saved, first=0):
@@ -133,12 +133,13 @@ def test_teacher_forced_steps_and_gradients_equal_the_specification(T, B, N, str
     inputs = layer(T, B, N, dtype)
     x, *weights, v_reset, _ = inputs
     g_out = torch.randn_like(x)
-    spikes, v_final, v_saved, gradients = run(inputs, g_out, plan_of(x, strategy))
+    spikes, v_final, bits, v_saved, gradients = run(inputs, g_out, plan_of(x, strategy))
     assert 0.02 < spikes.double().mean() < 0.98
+    assert torch.equal(reference.unpack_spikes(bits, 0, T, dtype), spikes)
     check_steps(inputs, spikes, v_final, v_saved)
-    exact = [t.double() for t in (g_out, x, *weights, v_reset, spikes, v_saved)]
+    exact = [t.double() for t in (g_out, x, *weights, v_reset, v_saved)]
     expected = reference.gpn_backward(
-        exact[0], None, *exact[1:], "full", "atan", 2.0, every=1, mean=False
+        exact[0], None, *exact[1:-1], bits, exact[-1], "full", "atan", 2.0, every=1, mean=False
     )
     check_gradients(gradients, expected, TOLERANCES[dtype].gradient)
 
@@ -166,13 +167,15 @@ def test_offsets_beyond_2_to_the_31_reach_the_right_elements(T, B, N, strategy):
     # weight_x x for all steps at once: T B 4 N elements in one tensor
     plan = plan_of(x, strategy, forward_steps=T)
     g_out = torch.randn_like(x)
-    spikes, v_final, v_saved, gradients = run(inputs, g_out, plan)
-    first = T - 6
+    spikes, v_final, bits, v_saved, gradients = run(inputs, g_out, plan)
+    # from a whole word of packed spikes on
+    first = (T - 6) // 32 * 32
+    assert torch.equal(reference.unpack_spikes(bits, first, T, FLOAT16), spikes[first:])
     check_steps(inputs, spikes, v_final, v_saved, first)
     # the last steps' backward needs nothing of the steps before
     exact = [t.double() for t in (g_out[first:], x[first:], *weights, v_reset)]
     expected = reference.gpn_backward(
-        exact[0], None, *exact[1:], spikes[first:].double(), v_saved[first:].double(),
+        exact[0], None, *exact[1:], bits[first // 32 :], v_saved[first:].double(),
         "full", "atan", 2.0, every=1, mean=False,
     )  # fmt: skip
     check_gradients([gradients[0][first:]], expected[:1], TOLERANCES[FLOAT16].gradient)
@@ -252,7 +255,8 @@ def test_peak_memory_grows_with_the_length_by_what_is_saved(T, B, N, monkeypatch
         run_once = lambda: forward_backward(inputs, g_out)  # noqa: B023, E731
         run_once()
         peaks.append(peak_bytes(run_once, DEVICE))
-    # spikes, v saved for backward and the gradient of x, float32 all; a tenth for the allocator
+    # spikes, v saved for backward and the gradient of x, float32 all; a tenth for the allocator and
+    # the packed spikes
     assert peaks[1] - peaks[0] < 1.1 * 3 * T * B * N * 4
 
 

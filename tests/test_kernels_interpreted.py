@@ -12,7 +12,9 @@ from gpn_triton import GPN, ops
 from gpn_triton.kernels import tiles
 from gpn_triton.kernels.recurrence_backward import recurrence_backward
 from gpn_triton.kernels.recurrence_forward import recurrence_forward
+from gpn_triton.kernels.spikes import spikes_unpack
 from gpn_triton.reference import GATES, gpn_loop, unpack_spikes
+from gpn_triton.spike_linear import spike_linear
 from gpn_triton.surrogate import SURROGATES
 from tests import interpreted_bfloat16
 from tests.tolerances import TOLERANCES
@@ -46,7 +48,10 @@ def layer(T, B, N, variant="full", dtype=torch.float32):
 
 
 def plan(strategy, T, B, N, dtype, variant, every, **changes):
-    """A plan of the given strategy with tiles smaller than the layer."""
+    """A plan of the given strategy with tiles smaller than the layer.
+
+    Persistent chunks forward are whole words of packed spikes, as tiles.choose makes them.
+    """
     chosen = tiles.choose(T, B, N, dtype, GATES[variant], every)
     tile = tiles.Tile(16, tiles.block(N) if N <= 128 else 64, 0, 8, 3)
     if strategy == "stepwise":
@@ -62,11 +67,12 @@ def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, ev
     gates = GATES[variant]
     how = plan(strategy, T, B, N, dtype, variant, every, **changes)
     out, v_final, v_saved, bits = recurrence_forward(*inputs, gates, every, mean, how)
-    spikes = unpack_spikes(bits, 0, T) if mean else out
+    spikes = unpack_spikes(bits, 0, T, out.dtype)
+    assert mean or torch.equal(spikes, out)
     g_out = torch.randn(out.shape, device=DEVICE).to(out.dtype)
     g_v_final = torch.randn(B, N, device=DEVICE)
     gradients = recurrence_backward(
-        g_out, g_v_final, x, wx, wv, bias, v_reset, bits if mean else out, v_saved,
+        g_out, g_v_final, x, wx, wv, bias, v_reset, bits, v_saved,
         gates, surrogate, alpha, every, mean, how,
     )  # fmt: skip
 
@@ -115,7 +121,8 @@ def test_stepwise_equals_the_specification(T, B, N, options):
     "T, B, N, options",
     [
         (1, 1, 1, {}),
-        (20, 33, 64, {"forward_steps": 8, "backward_steps": 7}),
+        (20, 33, 64, {"backward_steps": 7}),
+        (36, 5, 16, {"forward_steps": 32, "backward_steps": 7}),
         (7, 13, 37, {"every": 3, "backward_steps": 6}),
         (7, 40, 100, {"mean": True, "every": 3}),
         (20, 13, 16, {"mean": True, "every": 20}),
@@ -171,13 +178,44 @@ def test_inputs_are_left_as_they_were():
     inputs = layer(3, 2, 16)
     before = [t.clone() for t in inputs]
     check_plan = plan("stepwise", 3, 2, 16, torch.float32, "full", 1)
-    out, v_final, v_saved, _ = recurrence_forward(*inputs, GATES["full"], 1, False, check_plan)
+    out, v_final, v_saved, bits = recurrence_forward(*inputs, GATES["full"], 1, False, check_plan)
     saved, g_v_final = v_saved.clone(), torch.ones_like(v_final)
     recurrence_backward(
-        out, g_v_final, *inputs[:5], out, v_saved, GATES["full"], "atan", 2.0, 1, False, check_plan
+        out, g_v_final, *inputs[:5], bits, v_saved, GATES["full"], "atan", 2.0, 1, False, check_plan
     )
     assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
     assert torch.equal(saved, v_saved) and torch.equal(g_v_final, torch.ones_like(v_final))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "T, B, N, start, stop",
+    [(1, 1, 1, 0, 1), (70, 3, 37, 0, 70), (70, 9, 16, 31, 33), (64, 17, 160, 32, 64)],
+)
+def test_unpacked_spikes_equal_the_twin(T, B, N, start, stop, masked, dtype):
+    words = torch.randint(-(2**31), 2**31, (-(-T // 32), B, N))
+    bits = words.to(DEVICE, torch.int32)
+    mask = torch.randn(B, N, device=DEVICE).to(dtype) if masked else None
+    expected = unpack_spikes(bits, start, stop, dtype)
+    expected = expected * mask if masked else expected
+    got = spikes_unpack(bits, mask, start, stop, dtype)
+    assert got.dtype == dtype and torch.equal(got, expected)
+
+
+def test_linear_layer_on_spikes_is_the_same_on_both_backends():
+    spikes = (torch.rand(40, 3, 16, device=DEVICE) < 0.4).float()
+    bits = torch.zeros(2, 3, 16, dtype=torch.int32, device=DEVICE)
+    for t in range(40):
+        bits[t // 32] |= spikes[t].int() << t % 32
+    mask = torch.nn.functional.dropout(torch.ones(3, 16, device=DEVICE))
+    results = []
+    for backend in ("torch", "triton"):
+        weight = torch.linspace(-1, 1, 80, device=DEVICE).view(5, 16).requires_grad_()
+        y = spike_linear(spikes, bits, mask, weight, None, backend)
+        (y * torch.arange(5.0, device=DEVICE)).sum().backward()
+        results.append((y.detach(), weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def leaves(T=5, B=3, N=16, variant="full"):
@@ -295,7 +333,7 @@ def test_float64_is_refused_with_the_reason():
 
 
 def test_auto_on_the_cpu_is_torch():
-    assert ops._choose_backend("auto", torch.zeros(1)) == "torch"
+    assert ops.choose_backend("auto", torch.zeros(1)) == "torch"
 
 
 def test_explain_names_strategy_reason_and_cost():
@@ -305,7 +343,8 @@ def test_explain_names_strategy_reason_and_cost():
     # 2 products forward, 6 backward, of [T B, N] with [4 N, N]
     assert small.forward_gflop == pytest.approx(2 * 2 * 100 * 256 * 4 * 128**2 / 1e9)
     assert small.backward_gflop == pytest.approx(3 * small.forward_gflop)
-    assert small.saved_mib == pytest.approx(3 * 100 * 256 * 128 * 2 / 2**20)
+    # x and v in two bytes, spikes in 4 words of 32 steps
+    assert small.saved_mib == pytest.approx((2 * 100 * 2 + 4 * 4) * 256 * 128 / 2**20)
     for dtype in (torch.float64, torch.int32):
         with pytest.raises(ValueError, match="dtype"):
             ops.explain(1, 1, 1, dtype)

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 # a layer is named by what differs from N = 128 in float16, the full neuron, spikes, B = 256
 LAYERS = {
     "N128": {},
+    "N128-spikes-replay": {"every": 10},
+    "N128-mean": {"mean": True},
     "N37": {"N": 37, "dtype": "bfloat16"},
     "N128-replay": {"mean": True, "every": 10},
     "N128-no-i": {"variant": "no-i"},
@@ -45,6 +47,7 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
     from gpn_triton.kernels import offline, tiles
     from gpn_triton.kernels.recurrence_backward import recurrence_backward
     from gpn_triton.kernels.recurrence_forward import recurrence_forward
+    from gpn_triton.kernels.spikes import spikes_unpack
     from gpn_triton.reference import GATES
 
     gates, G, dtype = GATES["full"], 4, getattr(torch, dtype)
@@ -61,9 +64,10 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
                         x, *weights, state, state, gates, every, mean, plan
                     )
                     recurrence_backward(
-                        out, None, x, *weights, state, bits if mean else out, v_saved,
+                        out, None, x, *weights, state, bits, v_saved,
                         gates, "atan", 2.0, every, mean, plan,
                     )  # fmt: skip
+                    spikes_unpack(bits, state, 0, T, dtype)
     for name, constants, _ in found:
         key = f"{name} {constants}"
         versions[key] = versions.get(key, 0) + 1
@@ -112,18 +116,21 @@ def test_every_kernel_of_the_strategy_was_compiled(compiled, name, capability):
     )
     assert layer["strategy"] == ("stepwise" if stepwise else "persistent")
     kernels = {report["kernel"] for report in layer["reports"]}
-    assert kernels == {
+    expected = {
         f"recurrence_forward_{layer['strategy']}_kernel",
         f"recurrence_backward_{layer['strategy']}_kernel",
         "recurrence_gradient_kernel",
     }
+    # a mean of spikes leaves no spikes to a linear layer
+    mean = LAYERS[name].get("mean", False)
+    assert kernels == expected | (set() if mean else {"spikes_unpack_kernel"})
     replays = [report for report in layer["reports"] if report["constants"].get("REPLAY")]
     assert len(replays) == name.endswith("replay")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_persistent_loop_holds_all_products_and_few_barriers(compiled, capability):
-    forward, _, backward = compiled["layers"][f"N128-{capability}"]["reports"]
+    forward, _, backward = compiled["layers"][f"N128-{capability}"]["reports"][:3]
     # 16 x 128 x 128 a gate, in pieces of 16 x 8 x 16 over 8 warps
     assert forward["loop_mma"] == forward["mma"] == 4 * 8 * 16 / 8
     assert backward["loop_mma"] == backward["mma"] == 3 * 8 * 16 / 8
@@ -156,7 +163,7 @@ def test_every_fault_is_named(changes, named):
     from bench.offline import faults
     from gpn_triton.kernels.offline import Report
 
-    constants = {"GATES": "fibt", "FAST": True}
+    constants = {"GATES": "fibt", "FAST": True, "PRECISION": "ieee"}
     right = Report(
         "recurrence_forward_persistent_kernel", constants, registers=128, stack_bytes=0,
         local_accesses=0, shared_bytes=227 << 10, num_warps=8, mma=64, async_copies=15,

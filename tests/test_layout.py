@@ -20,12 +20,18 @@ ARROWS = {
         "gpn_triton.kernels.recurrence_forward",
         "gpn_triton.kernels.recurrence_backward",
     },
+    "gpn_triton.spike_linear": {
+        "gpn_triton.ops",
+        "gpn_triton.reference",
+        "gpn_triton.kernels.spikes",
+    },
     "gpn_triton.layers": {"gpn_triton.ops", "gpn_triton.reference"},
     "gpn_triton.event_linear": set(),
     "gpn_triton.model": {
         "gpn_triton.event_linear",
         "gpn_triton.layers",
         "gpn_triton.reference",
+        "gpn_triton.spike_linear",
     },
     "gpn_triton.checkpoint": set(),
     "gpn_triton.curves": {"gpn_triton.checkpoint"},

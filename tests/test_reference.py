@@ -131,11 +131,11 @@ def test_finite_differences_agree_on_the_smooth_twin(variant, surrogate):
     # smooth and its exact gradient is what the hand-written backward computes
     inputs = random_case(variant, T=4, B=2, N=3)
     x, weight_x, weight_v, bias, v_reset, v0 = inputs
-    spikes, _, v_saved, _ = reference.gpn_forward(*inputs, variant, 1, False)
+    spikes, _, v_saved, bits = reference.gpn_forward(*inputs, variant, 1, False)
     g_s, g_v = torch.randn_like(spikes), torch.randn_like(v0)
     # the twin's own trajectory is the spiking one, because the frozen mask resets it
     *got, g_v0 = reference.gpn_backward(
-        g_s, g_v, x, weight_x, weight_v, bias, v_reset, spikes, v_saved,
+        g_s, g_v, x, weight_x, weight_v, bias, v_reset, bits, v_saved,
         variant, surrogate, 2.0, 1, False,
     )  # fmt: skip
 
@@ -198,6 +198,27 @@ def test_chunk_length_changes_nothing(rows, monkeypatch):
     (spikes.sum() + v_final.sum()).backward()
     for got, t in zip(by_hand, inputs, strict=False):
         torch.testing.assert_close(got, t.grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 16, 31, 32, 33, 70])
+def test_packed_spikes_are_the_spikes(T, dtype, mean):
+    x, *rest = random_case("full", T=T)
+    rest = [t if dtype == torch.float64 else t.float() for t in rest]
+    spikes, _, _, bits = reference.gpn_forward(x.to(dtype), *rest, "full", 1, mean)
+    assert bits.dtype == torch.int32 and len(bits) == -(-T // 32)
+    unpacked = reference.unpack_spikes(bits, 0, T, dtype)
+    assert unpacked.any() and not unpacked.all()
+    if mean:
+        torch.testing.assert_close(unpacked.to(spikes.dtype).mean(0), spikes)
+    else:
+        assert torch.equal(unpacked, spikes)
+    # no bit beyond the last step, and any stretch of steps reads alike
+    assert torch.equal(reference.unpack_spikes(bits, 0, 32 * len(bits), dtype)[:T], unpacked)
+    assert not reference.unpack_spikes(bits, T, 32 * len(bits), dtype).any()
+    for start, stop in ((0, 1), (T // 3, T), (max(0, T - 39), T - T // 4)):
+        assert torch.equal(reference.unpack_spikes(bits, start, stop, dtype), unpacked[start:stop])
 
 
 @pytest.mark.parametrize("every", [1, 5])

@@ -1,0 +1,218 @@
+"""spike_linear against F.linear(spikes * mask), and what is held between forward and backward."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpn_triton import ops
+from gpn_triton import spike_linear as module
+from gpn_triton.ops import gpn_packed
+from gpn_triton.reference import unpack_spikes
+from gpn_triton.spike_linear import spike_linear
+
+# share of the largest gradient: sums of up to 350 terms in another order; bfloat16 rounds weights,
+# cotangents and every chunk's sum to 2^-9
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def case(T, B=5, N=13, M=7, dtype=torch.float32):
+    """spikes, bits, mask, weight, bias."""
+    spikes = torch.rand(T, B, N) < 0.3
+    bits = torch.zeros(-(-T // 32), B, N, dtype=torch.int32)
+    for t in range(T):
+        bits[t // 32] |= spikes[t].int() << t % 32
+    mask = F.dropout(torch.ones(B, N), 0.4).to(dtype)
+    return spikes.to(dtype), bits, mask, torch.randn(M, N).to(dtype), torch.randn(M).to(dtype)
+
+
+def values_and_gradients(linear, leaves, g_y):
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    y = linear(*leaves)
+    y.backward(g_y)
+    return [y.detach(), *(t.grad for t in leaves)]
+
+
+def check(got, expected, tolerance):
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and b.any()
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 31, 32, 33, 70])
+def test_values_and_gradients_are_those_of_the_dense_product(T, masked, dtype, monkeypatch):
+    spikes, bits, mask, weight, bias = case(T, dtype=dtype)
+    mask = mask if masked else None
+    g_y = torch.randn(T, 5, 7).to(dtype)
+    scale = 1 if mask is None else mask
+    expected = values_and_gradients(
+        lambda s, w, b: F.linear(s * scale, w, b), (spikes, weight, bias), g_y
+    )
+    # the whole sequence at once, 9 steps, one step
+    for steps in (1 << 20, 9, 0):
+        size = steps * spikes[0].nbytes
+        monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": size})
+        got = values_and_gradients(
+            lambda s, w, b: spike_linear(s, bits, mask, w, b), (spikes, weight, bias), g_y
+        )
+        check(got, expected, CLOSE[dtype])
+        assert torch.equal(got[0], expected[0])
+
+
+def test_half_gradients_are_summed_in_float32(monkeypatch):
+    # each chunk adds 1 to a sum that bfloat16 would stop counting at 256
+    T = 600
+    bits = torch.full((-(-T // 32), 1, 1), -1, dtype=torch.int32)
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 0})
+    weight = torch.ones(1, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = spike_linear(torch.ones(T, 1, 1), bits, None, weight, None)
+    y.backward(torch.ones_like(y))
+    assert weight.grad.item() == T
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bits", [False, True])
+def test_autocast_casts_as_the_dense_product_does(dtype, with_bits):
+    spikes, bits, mask, weight, bias = case(40)
+    g_y = torch.randn(40, 5, 7).to(dtype)
+
+    def run(linear):
+        with torch.autocast("cpu", dtype):
+            return values_and_gradients(linear, (spikes, weight, bias), g_y)
+
+    expected = run(lambda s, w, b: F.linear(s * mask, w, b))
+    got = run(lambda s, w, b: spike_linear(s, bits if with_bits else None, mask, w, b))
+    assert got[0].dtype == dtype and got[2].dtype == torch.float32
+    assert torch.equal(got[0], expected[0])
+    check(got, expected, 1e-2)
+
+
+def test_a_cotangent_that_is_expanded_or_transposed_is_read_right():
+    spikes, bits, mask, weight, bias = case(33)
+    for g_y in (torch.ones(1).expand(33, 5, 7), torch.randn(7, 5, 33).permute(2, 1, 0)):
+        got, expected = (
+            values_and_gradients(linear, (spikes, weight, bias), g_y)
+            for linear in (
+                lambda s, w, b: spike_linear(s, bits, mask, w, b),
+                lambda s, w, b: F.linear(s * mask, w, b),
+            )
+        )
+        check(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_operator_passes_opcheck(masked, with_bias):
+    spikes, bits, mask, weight, bias = case(33)
+    leaves = [t.requires_grad_() for t in (spikes, weight, bias)]
+    arguments = (leaves[0], bits, mask if masked else None, leaves[1])
+    arguments += (leaves[2] if with_bias else None, "torch")
+    torch.library.opcheck(module._spike_linear, arguments)
+
+
+def two_layers(T=70, B=3, N=16, M=8):
+    """Leaves of two GPN layers with a linear layer between, and a function of them."""
+    shapes = [(T, B, N), (4 * N, N), (4 * N, N), (4 * N,), (M, N), (M,)]
+    shapes += [(4 * M, M), (4 * M, M), (4 * M,)]
+    leaves = [torch.randn(s).requires_grad_() for s in shapes]
+    mask = F.dropout(torch.ones(B, N), 0.5)
+
+    def packed(x, wx, wv, b, weight, bias, *second):
+        spikes, _, bits = gpn_packed(2 * x, wx, wv, b)
+        return gpn_packed(spike_linear(spikes, bits, mask, weight, bias), *second)[0]
+
+    def dense(x, wx, wv, b, weight, bias, *second):
+        spikes = gpn_packed(2 * x, wx, wv, b)[0]
+        return gpn_packed(F.linear(spikes * mask, weight, bias), *second)[0]
+
+    return leaves, packed, dense
+
+
+def test_two_layers_train_as_with_the_dense_product():
+    leaves, *functions = two_layers()
+    g_out = torch.randn(70, 3, 8)
+    got, expected = (values_and_gradients(f, leaves, g_out) for f in functions)
+    assert torch.equal(got[0], expected[0]) and 0.02 < got[0].mean() < 0.98
+    check(got, expected, 1e-5)
+
+
+def test_compiles_without_graph_breaks_and_agrees():
+    leaves, packed, _ = two_layers(T=34)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    g_out = torch.randn(34, 3, 8)
+    got, expected = (values_and_gradients(f, leaves, g_out) for f in (compiled, packed))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_nothing_of_the_sequence_is_held_but_x_v_and_bits(amp):
+    T, B, N, M = 70, 3, 16, 8
+    leaves, packed, dense = two_layers(T, B, N, M)
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def bytes_held(function):
+        held.clear()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=amp),
+        ):
+            out = function(*leaves)
+        for leaf in leaves[1:]:
+            held.pop(leaf.untyped_storage().data_ptr(), None)
+        return sum(held.values()), out
+
+    element = 2 if amp else 4
+    words = 3 * 4 * B * (N + M)
+    sequences = 2 * element * T * B * (N + M)
+    # v_reset of each layer, and the mask
+    rows = 4 * B * (N + M) + element * B * N
+    total, out = bytes_held(packed)
+    assert total == sequences + words + rows
+    out.sum().backward()
+    # the dense product holds its operand besides, but not the mask in a half type alone
+    assert bytes_held(dense)[0] >= total + element * T * B * N - rows
+
+
+def test_bits_need_no_gradient_and_are_none_where_nothing_does():
+    leaves, *_ = two_layers(T=33)
+    spikes, v_final, bits = gpn_packed(*leaves[:4])
+    assert spikes.requires_grad and v_final.requires_grad and not bits.requires_grad
+    assert torch.equal(unpack_spikes(bits, 0, 33, spikes.dtype), spikes)
+    with torch.no_grad():
+        assert gpn_packed(*leaves[:4])[2] is None
+    first, second = ops.gpn(*leaves[:4])
+    assert torch.equal(first, spikes) and torch.equal(second, v_final)
+
+
+def test_without_bits_it_is_the_dense_product():
+    spikes, _, mask, weight, bias = case(5)
+    y = spike_linear(spikes, None, mask, weight.requires_grad_(), bias)
+    assert torch.equal(y, F.linear(spikes * mask, weight, bias))
+    y.sum().backward()
+    torch.testing.assert_close(weight.grad, (spikes * mask).sum((0, 1)).expand(7, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(7, 12)}, r"weight: expected \[M, N\].*got \[7, 12\] for \[33, 5"),
+        ({"bits": torch.zeros(1, 5, 13, dtype=torch.int32)}, r"bits: expected \[2, 5, 13\]"),
+        ({"bits": torch.zeros(2, 5, 13)}, "bits: expected int32, got torch.float32"),
+        ({"mask": torch.ones(13)}, r"mask: expected \[5, 13\], got \[13\]"),
+        ({"bias": torch.zeros(3)}, r"bias: expected \[7\], got \[3\]"),
+        ({"weight": torch.zeros(7, 13).double()}, "weight: expected spikes' dtype torch.float32"),
+        ({"backend": "cuda"}, "backend: expected one of auto.*got 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    names = ("spikes", "bits", "mask", "weight", "bias")
+    arguments = dict(zip(names, case(33), strict=True))
+    with pytest.raises(ValueError, match=message):
+        spike_linear(**{**arguments, **change})
