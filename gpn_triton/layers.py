@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpn_triton import reference
-from gpn_triton.ops import gpn
+from gpn_triton.ops import gpn_packed
 
 
 class GPN(nn.Module):
@@ -72,22 +72,25 @@ class GPN(nn.Module):
         x: Tensor,
         v0: Tensor | None = None,
         v_reset: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        packed: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Run the layer.
 
         Args:
             x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
             v_reset [B, N]: default: drawn in training, zeros in evaluation.
+            packed: return the packed spikes, too.
         Returns:
-            spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N].
+            spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]; if packed, also bits
+            [ceil(T / 32), B, N] int32 or None, as ops.gpn_packed gives them.
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: expected [T, B, {self.hidden_size}], got {list(x.shape)}")
         if v_reset is None:
             v_reset = self.draw(x.shape[1], x)
-        return gpn(
-            x, self.weight_x, self.weight_v, self.bias, v_reset, v0, self.variant, **self.options
-        )
+        weights = self.weight_x, self.weight_v, self.bias
+        results = gpn_packed(x, *weights, v_reset, v0, self.variant, **self.options)
+        return results if packed else results[:2]
 
     def draw(self, batch: int, like: Tensor) -> Tensor | None:
         """A sequence's v_reset [batch, N] on like's device, float64 if `like` is, else float32;

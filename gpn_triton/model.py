@@ -1,7 +1,8 @@
 """The paper's networks: Linear -> neuron -> held dropout, repeated, and a linear readout.
 
 The readout is linear and the dropout mask is held over time, so the mean over time of the logits
-is the readout of the mean over time of the last layer's spikes: only that mean is computed.
+is the readout of the mean over time of the last layer's spikes: only that mean is computed. Between
+layers of GPN neither spikes nor spikes under their mask are held for backward: see spike_linear.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from gpn_triton.event_linear import Cells, event_linear
 from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout
 from gpn_triton.reference import GATES
+from gpn_triton.spike_linear import spike_linear
 
 _GPN_VARIANTS = {"gpn" if v == "full" else f"gpn-{v}": v for v in GATES}
 _ANN = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -88,6 +90,7 @@ class SpikingClassifier(nn.Module):
         self.neuron = neuron
         self.hidden = tuple(hidden)
         self.readout = readout
+        self.backend = backend
         sizes = [inputs, *hidden]
         self.inputs, self.neurons = nn.ModuleList(), nn.ModuleList()
         for layer, (n_in, n) in enumerate(zip(sizes, hidden, strict=False), 1):
@@ -159,15 +162,24 @@ class SpikingClassifier(nn.Module):
         """
         if draws is None:
             draws = self.draw(x.shape[1])
+        # of the layer before, where both go into the product of its spikes
+        bits, mask = None, None
         activity = []
         for linear, neuron, drawn in zip(self.inputs, self.neurons, draws, strict=True):
             if isinstance(x, Cells):
                 x = event_linear(x, linear.weight, linear.bias)
+            elif bits is not None:
+                x = spike_linear(x, bits, mask, linear.weight, linear.bias, self.backend)
             else:
                 x = linear(x)
-            x = neuron(x, v_reset=drawn.v_reset)[0] if isinstance(neuron, GPN) else neuron(x)[0]
-            activity.append(x.detach().float().mean())
-            x = self.dropout(x, drawn.mask)
+            if isinstance(neuron, GPN):
+                x, _, bits = neuron(x, v_reset=drawn.v_reset, packed=True)
+            else:
+                x, bits = neuron(x)[0], None
+            activity.append(x.detach().mean(dtype=torch.float32))
+            mask = drawn.mask
+            if bits is None or neuron is self.neurons[-1]:
+                x = self.dropout(x, mask)
         if self.neuron == "cnn":
             x = x.permute(1, 2, 0).flatten(1)
         elif x.ndim == 3:

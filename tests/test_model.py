@@ -94,6 +94,72 @@ def test_a_split_batch_draws_what_the_whole_would():
     assert not torch.equal(model(x)[0], whole)
 
 
+def plainly(model, x, draws):
+    """SpikingClassifier.forward as its layers compose, every operand held by autograd."""
+    for linear, neuron, drawn in zip(model.inputs, model.neurons, draws, strict=True):
+        x = neuron(linear(x), v_reset=drawn.v_reset)[0]
+        x = model.dropout(x, drawn.mask)
+    return model.output(x[-1] if model.readout == "last" else x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amp", "share"),
+    [
+        (torch.float64, None, 1e-12),
+        (torch.float32, None, 1e-5),
+        # gradients of weights are summed without rounding them to 2^-9 on the way
+        (torch.float32, torch.bfloat16, 2e-2),
+    ],
+)
+@pytest.mark.parametrize("readout", ["mean", "last"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_network_trains_as_its_layers_compose(dropout, readout, dtype, amp, share):
+    torch.manual_seed(0)
+    model = SpikingClassifier([16, 12, 8], inputs=9, classes=4, readout=readout, dropout=dropout)
+    model.to(dtype)
+    x, draws = torch.poisson(torch.full((37, 5, 9), 1.0)).to(dtype), model.draw(5)
+    results = []
+    for forward in (lambda: model(x, draws)[0], lambda: plainly(model, x, draws)):
+        model.zero_grad()
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            logits = forward()
+        (logits * torch.arange(4)).sum().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert torch.equal(results[0][0], results[1][0])
+    for got, expected in zip(*results, strict=True):
+        assert expected.any()
+        assert (got - expected).abs().max() <= share * expected.abs().max()
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_network_holds_two_floats_and_a_bit_a_neuron_and_step(amp):
+    B, C, hidden = 3, 9, [16, 12, 8]
+    torch.manual_seed(0)
+    model = SpikingClassifier(hidden, inputs=C, classes=4)
+
+    def held(T):
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = torch.ones(T, B, C)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", amp, enabled=amp is not None),
+        ):
+            logits, _ = model(x)
+        assert logits.requires_grad
+        return sum(storages.values())
+
+    element = 4 if amp is None else 2
+    # the input, x and v of every neuron; and a word of spikes
+    sequence = element * (C + 2 * sum(hidden)) * 64 * B + 4 * sum(hidden) * 2 * B
+    assert held(128) - held(64) == sequence
+
+
 @pytest.mark.parametrize("variant", ["full", "no-fi", "no-t"])
 def test_authors_weights_round_trip(variant):
     torch.manual_seed(0)
