@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -42,7 +43,9 @@ from bench.subjects import Problem, Unavailable, Wrong
 from gpn_triton import gpn, ops, roofline
 from gpn_triton.checkpoint import write_json
 from gpn_triton.data import DeviceEvents, EventStore
+from gpn_triton.data.feed import Feed
 from gpn_triton.data.synthetic import synthetic_splits
+from gpn_triton.graphs import WARM_RUNS
 from gpn_triton.kernels import offline, tiles
 from gpn_triton.kernels.recurrence_backward import recurrence_backward
 from gpn_triton.kernels.recurrence_forward import recurrence_forward
@@ -323,8 +326,9 @@ def epochs(setting: Setting) -> Iterator[Job]:
     ]
     if setting.tiny:
         table = [("shd", 9, 3, 4, (8,), SHD)]
-    kept: dict[int, DeviceEvents] = {}
-    for subject in ("gpn", "lstm", "loop"):
+    kept: dict[int, Feed] = {}
+    compared = ["gpn", "lstm", "loop"] if setting.tiny else ["gpn", "gpn-no-graph", "lstm", "loop"]
+    for subject in compared:
         for name, samples, T, B, hidden, sizes in table if subject == "gpn" else table[:2]:
             case = Case(f"{name}-T{T}-B{B}", "epoch", T, B, hidden, dtype=setting.dtype, **sizes)
             job = functools.partial(epoch_row, setting, case, subject, samples, kept)
@@ -348,45 +352,52 @@ def event_store(samples: int, classes: int) -> EventStore:
 
 
 def epoch_row(setting: Setting, case: Case, subject: str, samples: int, kept: dict) -> Row:
-    """An epoch, or as many of its steps as fit 10 s (the loop: 20 s), from events on the device.
+    """An epoch, or as many of its whole batches as fit 10 s (the loop: 20 s), from events on the
+    device, by the engine of the training command.
 
     kept: the last data set, by its number of samples.
     """
     device, cuda = setting.device, setting.device.type == "cuda"
+    # the last row's network, with its graphs
+    gc.collect()
     if samples not in kept:
         kept.clear()
-        kept[samples] = DeviceEvents(event_store(samples, case.classes), device)
-    events = kept[samples]
+        kept[samples] = Feed(DeviceEvents(event_store(samples, case.classes), device))
+    feed = kept[samples]
     trainer = networks.engine(case, subject, device)
     seen = networks.check(trainer, case, device)
-    key = torch.zeros(2, dtype=torch.int64, device=device)
-    batches = torch.randperm(len(events), device=device)[:samples].split(case.B)
+    order = torch.randperm(len(feed), device=device)
+    steps = len(feed) // case.B
+    trainer.start_epoch(feed, 0, 0)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
 
-    def seconds(steps: int) -> float:
+    def seconds(count: int) -> float:
         """Of so many steps, the device idle before and after."""
         times = Times()
 
         def call() -> None:
-            for batch in batches[:steps]:
-                trainer.train_step(events, batch, key)
+            for _ in range(count):
+                trainer.train_step(feed, case.B)
 
+        feed.start(order, 0, case.B)
         timed(call, device, times)
         return times.wall[0]
 
-    seconds(2)
-    count = max(1, min(len(batches), int((20 if subject == "loop" else 10) / seconds(1))))
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    epoch = seconds(count) * samples / sum(map(len, batches[:count]))
+    # the runs as they are, and the capture; a replay allocates nothing
+    seconds(min(WARM_RUNS + 1, steps))
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    count = max(1, min(steps, int((20 if subject == "loop" else 10) / seconds(1))))
+    epoch = seconds(count) * samples / (count * case.B)
     floor = roofline.training_floor(
         trainer.cfg.neuron, case.hidden, case.inputs, case.classes, case.T, samples,
         trainer.cfg.amp, ceilings(device),
     )  # fmt: skip
     return dict(
         T=case.T, B=case.B, hidden=list(case.hidden), subject=subject, dtype=case.dtype,
-        samples=samples, steps_timed=count, steps=len(batches), seconds_an_epoch=epoch,
+        samples=samples, steps_timed=count, steps=-(-samples // case.B), seconds_an_epoch=epoch,
         samples_per_second=samples / epoch, floor_seconds=floor, fraction_of_floor=floor / epoch,
-        peak_mib=torch.cuda.max_memory_allocated() / 2**20 if cuda else None, **seen,
+        captured=trainer.graphs.enabled, peak_mib=cuda and peak / 2**20 or None, **seen,
     )  # fmt: skip
 
 
@@ -431,8 +442,9 @@ def tests(setting: Setting) -> Iterator[Job]:
     """The tests marked gpu, then the one of them that takes half the memory."""
     # without a GPU, the tiny cases of the same tests
     marked = [] if setting.tiny else ["-m", "gpu"]
+    files = ["tests/test_kernels_gpu.py", "tests/test_engine_gpu.py"]
     for name, which, workers in (("gpu", "not 2_to_the_31", 6), ("gpu-large", "2_to_the_31", 1)):
-        arguments = ["tests/test_kernels_gpu.py", *marked, "-k", which]
+        arguments = [*files, *marked, "-k", which]
         yield name, functools.partial(run_pytest, setting, workers, *arguments)
 
 

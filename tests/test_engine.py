@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from replay import Recorded, RecordedGraphs
 
 from gpn_triton import engine, memory
 from gpn_triton.config import TrainConfig
@@ -13,6 +12,7 @@ from gpn_triton.data import DeviceEvents, EventStore, bin_batch
 from gpn_triton.data.feed import Feed, StreamedFeed
 from gpn_triton.engine import Engine, build_model
 from gpn_triton.schedule import Schedule
+from tests.replay import Recorded, RecordedGraphs
 
 CPU = torch.device("cpu")
 EPOCHS, SAMPLES, BATCH = 4, 44, 8
@@ -36,19 +36,19 @@ def store():
     )  # fmt: skip
 
 
-def train(graphs=None, make_feed=None, epochs=EPOCHS, **options):
+def train(graphs=None, make_feed=None, epochs=EPOCHS, device=CPU, **options):
     """Train on the small set; the engine and by epoch loss, activity and evaluated loss."""
     torch.manual_seed(0)
     cfg = TrainConfig(**{**SMALL, **options})
-    net = Engine(cfg, build_model(cfg, 100, 2).train(), CPU)
+    net = Engine(cfg, build_model(cfg, 100, 2).to(device).train(), device)
     with torch.no_grad():
         # as drawn the neurons hardly spike
         for parameter in net.model.inputs[0].parameters():
             parameter *= 4
     if graphs is not None:
         net.graphs = graphs
-    feed = (make_feed or (lambda s: Feed(DeviceEvents(s))))(store())
-    evaluated = Feed(DeviceEvents(store()))
+    feed = (make_feed or (lambda s: Feed(DeviceEvents(s, device))))(store())
+    evaluated = Feed(DeviceEvents(store(), device))
     losses = []
     for epoch in range(epochs):
         net.start_epoch(feed, 3, epoch)
@@ -168,11 +168,12 @@ def test_parts_hold_no_more_samples_at_once_than_they_say(monkeypatch):
     assert max(n for training, n in sizes if not training) == 3
 
 
-def test_streamed_events_give_the_losses_of_resident_ones():
-    def streamed(events):
-        # about two batches a shard
-        return StreamedFeed(events, CPU, 2 * (2 * BATCH * 20 * 6 + 30 * SAMPLES) / 2**20)
+def streamed(events, device=CPU):
+    """A feed of about two batches a shard."""
+    return StreamedFeed(events, device, 2 * (2 * BATCH * 20 * 6 + 30 * SAMPLES) / 2**20)
 
+
+def test_streamed_events_give_the_losses_of_resident_ones():
     assert train(make_feed=streamed)[1] == train()[1]
 
 
