@@ -49,7 +49,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def remove_leftovers(run: Path) -> None:
     """Remove the temporary files that a process killed while writing left in a run folder."""
-    for name in ("checkpoint-*.pt", "best.safetensors", "metrics.jsonl", "result.json"):
+    for name in (
+        "checkpoint-*.pt", "best.safetensors", "metrics.jsonl", "result.json", "profile.txt",
+        "trace.json.gz",
+    ):  # fmt: skip
         for path in Path(run).glob(f".{name}.*"):
             path.unlink()
 
@@ -83,9 +86,14 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise ValueError(f"weights: {path} does not fit this network: {reason}") from None
 
 
+def checkpoint_path(run: Path, epoch: int, step: int) -> Path:
+    """Where a run's state after so many epochs and steps lies."""
+    return Path(run, f"checkpoint-{epoch:05d}-{step:06d}.pt")
+
+
 def save_checkpoint(run: Path, state: dict[str, Any], epoch: int, step: int) -> Path:
-    """Write a run's state as checkpoint-EPOCH-STEP.pt and remove all but the newest two."""
-    path = Path(run, f"checkpoint-{epoch:05d}-{step:06d}.pt")
+    """Write a run's state to its checkpoint_path and remove all but the newest two."""
+    path = checkpoint_path(run, epoch, step)
     write_atomically(path, lambda file: torch.save(state, file))
     for old in sorted(Path(run).glob("checkpoint-*.pt"))[:-KEPT_CHECKPOINTS]:
         old.unlink()

@@ -42,6 +42,10 @@ ARROWS = {
     "gpn_triton.data.download": {"gpn_triton.data.hdf5"},
     "gpn_triton.data.synthetic": {"gpn_triton.data.events"},
     "gpn_triton.trackers": set(),
+    "gpn_triton.graphs": set(),
+    "gpn_triton.schedule": {"gpn_triton.config"},
+    "gpn_triton.roofline": {"gpn_triton.reference"},
+    "gpn_triton.profile": {"gpn_triton.checkpoint"},
     "gpn_triton.provenance": set(),
     "gpn_triton.config": {"gpn_triton.model", "gpn_triton.ops", "gpn_triton.surrogate"},
 }

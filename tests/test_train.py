@@ -75,13 +75,13 @@ def test_a_run_learns_and_leaves_its_files(files, capsys):
 
 def test_the_test_file_is_read_after_the_last_epoch_only(files, monkeypatch):
     read = []
-    evaluate = train.Engine.evaluate
+    evaluate = engine.Engine.evaluate
 
     def spy(self, events):
         read.append(len(events))
         return evaluate(self, events)
 
-    monkeypatch.setattr(train.Engine, "evaluate", spy)
+    monkeypatch.setattr(engine.Engine, "evaluate", spy)
     assert train.main([*files, *SMALL, "--epochs", "3"]) == 0
     assert read == [4, 4, 4, 16]
 
@@ -237,7 +237,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(files):
     for batch_size in (3, 8, 100):
         torch.manual_seed(0)
         cfg = TrainConfig(hidden=(8,), time_bins=6, batch_size=batch_size)
-        net = train.Engine(cfg, train.build_model(cfg, 700, 2), torch.device("cpu"))
+        net = engine.Engine(cfg, engine.build_model(cfg, 700, 2), CPU)
         losses.append(net.evaluate(Feed(DeviceEvents(splits.valid))))
     for other in losses[1:]:
         assert other["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
