@@ -135,6 +135,7 @@ class TrainConfig:
     )
     download: bool = _option("Data", False, "fetch shd or ssc if missing", action="store_true")
     samples: int = _option("Data", 2000, "training samples of synthetic", type=int, metavar="K")
+    classes: int = _option("Data", 20, "words of synthetic, 2 to 1980", type=int, metavar="K")
     event_mib: int | None = _option(
         "Data", None, "device memory for a set's events, MiB; a larger set is streamed from the "
         "host (default: half of what is free on a GPU)", type=int, metavar="MIB",
@@ -239,6 +240,7 @@ class TrainConfig:
                 "at least 1",
             ),
             (("max_time", "lr", "alpha"), lambda v: v > 0, "more than 0"),
+            (("classes",), lambda v: 2 <= v <= 1980, "2 to 1980"),
             (
                 ("checkpoint_every", "profile", "event_mib", "lr_batch_size"),
                 lambda v: v is None or v >= 1,

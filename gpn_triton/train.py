@@ -54,6 +54,7 @@ def load_data(cfg: TrainConfig) -> Splits:
         valid_file=cfg.valid_file,
         test_file=cfg.test_file,
         samples=cfg.samples,
+        classes=cfg.classes,
         valid_split=cfg.valid_split,
         valid_fraction=cfg.valid_fraction,
         seed=SPLIT_SEED,

@@ -255,3 +255,10 @@ def test_the_synthetic_set_is_made_from_its_seed():
         assert same(getattr(one, part), getattr(two, part))
         assert not same(getattr(one, part), getattr(other, part))
         getattr(one, part).validate(part)
+
+
+def test_synthetic_has_as_many_words_as_are_asked_for():
+    splits = load_splits(samples=70, classes=35)
+    assert len(splits.train.class_names) == 35 and set(splits.train.labels) == set(range(35))
+    with pytest.raises(ValueError, match="num_classes: expected 2 to"):
+        load_splits(samples=70, classes=1)

@@ -79,6 +79,7 @@ def load_splits(
     valid_file: str | os.PathLike | None = None,
     test_file: str | os.PathLike | None = None,
     samples: int = 2000,
+    classes: int = 20,
     valid_split: str = "auto",
     valid_fraction: float = 0.1,
     seed: int = 0,
@@ -93,7 +94,7 @@ def load_splits(
         dataset: synthetic, shd, ssc or a file in SHD's layout; a train_file wins over it.
         train_file, valid_file, test_file: files in SHD's layout. A missing test part is held out of
             the training data first, then a missing validation part.
-        samples: training samples of synthetic.
+        samples, classes: training samples and words of synthetic.
         valid_split, valid_fraction, seed: see splits.choose_split; for a held-out test part, too.
             The seed is also that of synthetic.
         data_dir, download: see download.fetch. cache_dir, num_channels: see hdf5.read_events.
@@ -107,7 +108,7 @@ def load_splits(
         # imported when needed: only this set needs it
         from gpn_triton.data.synthetic import synthetic_splits
 
-        made = synthetic_splits(samples, seed)
+        made = synthetic_splits(samples, seed, classes)
         about = f"synthetic, seed {seed}: {_sizes(made.train, made.valid)}"
         return Splits(made.train, made.valid, lambda: made.test, about)
 
