@@ -255,6 +255,99 @@ def test_a_draw_does_not_depend_on_the_batch_and_changes_with_the_key():
         assert not torch.equal(together, counts([*range(9)], key))
 
 
+def framed(store):
+    """Events whose counts are kept."""
+    events = DeviceEvents(store)
+    events.frames = module.Frames()
+    return events
+
+
+def is_kept(events, *arguments):
+    return events.frames.batch(events, *arguments, (7, 3)) is not None
+
+
+SHIFT = AUGMENTATIONS["shift"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("options", "augmentation"),
+    [
+        (dict(time_bins=25), None),
+        (dict(time_bins=9, max_time=0.7, channel_bin=5, overflow="clip"), None),
+        (dict(time_bins=10, style="authors"), None),
+        (dict(time_bins=25), SHIFT),
+        (dict(time_bins=25), AUGMENTATIONS["a shift beyond all channels"]),
+        (dict(time_bins=25), Augmentation()),
+    ],
+)
+def test_kept_counts_are_those_of_the_events(options, augmentation, dtype, monkeypatch):
+    store, config = make_store(20, most=60), BinningConfig(**options, dtype=dtype)
+    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
+    events, plain = framed(store), DeviceEvents(store)
+    for indices in ([3, 1, 0, 3], [3, 4, 5], [*range(20)]):
+        arguments = (torch.tensor(indices), config, augmentation)
+        for key in ((7, 3), torch.tensor([7, 4])):
+            counts = bin_batch(events, *arguments, key)
+            expected = bin_batch(plain, *arguments, key)
+            assert counts.dtype == dtype and torch.equal(counts, expected)
+        assert is_kept(events, *arguments)
+    out = torch.full(counts.shape, torch.nan)
+    assert torch.equal(bin_batch(events, *arguments, key, out=out), expected)
+    assert torch.equal(out.to(dtype), expected)
+
+
+def test_counts_are_made_once_and_anew_for_another_binning(monkeypatch):
+    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
+    store, indices, made = make_store(9, most=60), torch.tensor([2, 5, 2]), []
+    events, count = framed(store), module._count
+    monkeypatch.setattr(
+        module, "_count", lambda e, i, *a: made.append(i.tolist()) or count(e, i, *a)
+    )
+    for config in (BinningConfig(5), BinningConfig(6), BinningConfig(5)):
+        made.clear()
+        for augmentation in (None, SHIFT, SHIFT):
+            bin_batch(events, indices, config, augmentation, (1, 2))
+        bin_batch(events, torch.tensor([5, 6]), config)
+        assert made == [[2, 5], [6]]
+
+
+def test_a_part_of_a_set_keeps_its_counts_by_place_and_draws_by_number(monkeypatch):
+    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
+    store, rows = make_store(9, most=60), torch.tensor([4, 2, 8])
+    part = DeviceEvents(store.subset(rows.numpy()), numbers=rows)
+    part.frames = module.Frames()
+    arguments = BinningConfig(25), SHIFT, (1, 2)
+    expected = bin_batch(DeviceEvents(store), rows, *arguments)
+    assert torch.equal(bin_batch(part, torch.arange(3), *arguments), expected)
+    assert is_kept(part, torch.arange(3), *arguments[:2])
+
+
+def test_counts_that_change_or_take_too_much_memory_are_not_kept(monkeypatch):
+    store, indices = make_store(6, most=60), torch.arange(6)
+    arguments = (indices, BinningConfig(25), SHIFT)
+    assert not is_kept(framed(store), *arguments)
+    size, taken = 6 * 25 * 700, 6 * len(store.times)
+    monkeypatch.setattr(module, "FRAMES_SHARE", -(-size // taken))
+    assert is_kept(framed(store), *arguments)
+    monkeypatch.setattr(module, "FRAMES_MIB", 0)
+    assert not is_kept(framed(store), *arguments)
+    monkeypatch.setattr(module, "FRAMES_MIB", 1)
+    for name in ("stretch", "jitter", "drop", "noise", "everything"):
+        assert not is_kept(framed(store), indices, BinningConfig(25), AUGMENTATIONS[name])
+    for options in (dict(channel_bin=5), dict(style="authors")):
+        assert not is_kept(framed(store), indices, BinningConfig(25, **options), SHIFT)
+
+
+@pytest.mark.parametrize("most", [255, 256])
+def test_counts_above_a_byte_are_not_kept(most, monkeypatch):
+    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
+    events, config = framed(one_sample([0.1] * most, [3] * most)), BinningConfig(2)
+    for _ in range(2):
+        assert bin_batch(events, torch.tensor([0]), config)[0, 0, 3] == most
+        assert is_kept(events, torch.tensor([0]), config, None) == (most == 255)
+
+
 def test_an_augmentation_of_nothing_changes_nothing():
     events, indices, config = DeviceEvents(make_store(5)), torch.arange(5), BinningConfig(9)
     plain = bin_batch(events, indices, config)
@@ -262,10 +355,8 @@ def test_an_augmentation_of_nothing_changes_nothing():
 
 
 def test_draws_are_uniform_and_independent():
-    samples, numbers = torch.arange(200), torch.arange(500)
-    draws = module.Draws(torch.tensor([1, 2]), samples)
-    slot = samples.repeat_interleave(500)
-    h = draws(module.JITTER, slot, numbers.repeat(200)).view(200, 500)
+    draws, count = module.Draws((1, 2), torch.arange(200)), torch.full((200,), 500)
+    h = draws(module.JITTER, count).view(200, 500)
     u = h.double() / 2**32
     # of 100,000 uniform draws, with tolerances of five deviations
     n = u.numel()
@@ -282,7 +373,7 @@ def test_draws_are_uniform_and_independent():
     assert len(h.unique()) > n - 10
     for bit in range(32):
         assert abs((h >> bit & 1).double().mean() - 0.5) < 2.5 / math.sqrt(n)
-    other = draws(module.DROP, slot, numbers.repeat(200)).double() / 2**32
+    other = draws(module.DROP, count).double() / 2**32
     assert abs(torch.corrcoef(torch.stack([u.ravel(), other]))[0, 1]) < 5 / math.sqrt(n)
 
 

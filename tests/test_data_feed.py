@@ -249,14 +249,17 @@ def test_a_set_is_resident_where_it_fits_and_else_streamed():
     size = module._bytes(len(store.times), 2000) / module.MIB
     feed, line = make_feed(store, "cpu")
     assert isinstance(feed, Feed) and line == f"events: {size:.0f} MiB, resident on cpu"
+    assert feed.events.frames is not None
     feed, line = make_feed(store, "cpu", int(size) + 1)
     assert isinstance(feed, Feed) and line.endswith(f"resident on cpu (limit {int(size) + 1} MiB)")
+    assert feed.events.frames is None
     feed, line = make_feed(store, torch.device("cpu"), 10)
     assert isinstance(feed, StreamedFeed) and len(feed) == 2000
     assert line == (
         f"events: {size:.0f} MiB, streamed in shards of up to 5 MiB "
         "(limit 10 MiB: one shard in use, one on its way)"
     )
+    assert feed.events.frames is None
     # as much as promised, and no more
     taken = sum(t.nbytes for t in [*module._tensors(feed.events), *feed._staging])
     assert 10 * module.MIB - 100 < taken <= 10 * module.MIB

@@ -16,8 +16,8 @@ events, which are not themselves augmented, then the bin and the channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -29,18 +29,23 @@ from gpn_triton.ops import BACKENDS, triton_unavailable
 
 STYLES = ("counts", "authors")
 OVERFLOWS = ("drop", "clip")
+NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # windows where none is asked for: Heidelberg spikes end before 1.4 s; the authors' clock is 1 s
 MAX_TIME = {"counts": 1.4, "authors": 1.0}
 
-# samples counted at once on a CPU: their events then stay in cache (EPYC, 1 thread, 256 samples of
-# 4,200 events, T = 50, all augmentations: 49 ms so, 95 ms at once; without any: 13 and 15)
-CPU_SAMPLES = 32
+# samples counted at once on a CPU: enough that calls cost little, few enough that their events stay
+# in cache (EPYC, 1 thread, 64 samples of 4,200 events, T = 50, all augmentations: 20.2 ms at 16,
+# 16.2 at 32, 14.9 at 64; 256 samples: 108, 92, 97, and 108 at 128)
+CPU_SAMPLES = 64
 # events a cell up to which a sorted list of them is faster than dense counts, from binning to the
 # weight's gradient (EPYC, 1 thread, 700 channels, 32 samples, 128 and 512 neurons: at 0.24, T = 50,
 # 1.0 and 1.1 times as fast, at 0.12 1.5 and 2.4, at 0.05 2.8 and 5.2, at 0.01, T = 1000, 11 and 6;
 # with 2 threads on a busy machine it breaks even near 0.1)
 CELLS_DENSITY = 0.05
+# bytes of kept counts for a byte of events, and MiB of them, up to which they are kept: they save
+# most of a batch's time (see Frames) where memory is not short
+FRAMES_SHARE, FRAMES_MIB = 4, 1024
 
 # what a draw is for: the stream number of its hash
 SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = range(7)
@@ -142,7 +147,7 @@ class DeviceEvents:
     Attributes:
         times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, labels [S]
         int64: as in EventStore. numbers: as given. num_channels: C. longest, mean: events of the
-        longest sample, and of a sample on average.
+        longest sample, and of a sample on average. frames: where counts are kept; None: nowhere.
     """
 
     def __init__(
@@ -160,9 +165,73 @@ class DeviceEvents:
         self.numbers = numbers
         self.longest = int(np.diff(store.offsets).max(initial=0))
         self.mean = len(store.times) / max(len(store), 1)
+        self.frames: Frames | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Frames:
+    """Counts of samples as bytes, made when first asked for, for batches on a CPU that are not
+    augmented or by a channel shift alone.
+
+    A batch then copies rows instead of counting events. The samples' events must stay as they are.
+    Nothing is kept of a set where that would be large (see FRAMES_SHARE) or a count is above 255.
+    """
+
+    def __init__(self):
+        self._config: BinningConfig | None = None
+        self._counts: np.ndarray | None = None
+
+    def batch(
+        self,
+        events: DeviceEvents,
+        indices: Tensor,
+        config: BinningConfig,
+        augmentation: Augmentation | None,
+        draw_key: Tensor | tuple[int, int] | None,
+    ) -> Tensor | None:
+        """The counts of bin_batch as uint8, or None where they are not kept."""
+        config, shifts = replace(config, dtype=torch.float32), [0] * len(indices)
+        if augmentation is not None:
+            moves = augmentation == Augmentation(augmentation.channel_shift)
+            if not moves or config.style != "counts" or config.channel_bin > 1:
+                return None
+            shift = _shift(augmentation, _draws(events, indices, draw_key))
+            # further than all channels is as far
+            shifts = shift.clamp(-events.num_channels, events.num_channels).tolist()
+        if config != self._config:
+            self._start(events, config)
+        if self._counts is None or not self._make(events, indices):
+            return None
+        _, T, columns = self._counts.shape
+        counts = np.zeros((T, len(indices), columns), np.uint8)
+        for slot, (k, shift) in enumerate(zip(indices.tolist(), shifts, strict=True)):
+            a, b = max(shift, 0), columns + min(shift, 0)
+            counts[:, slot, a:b] = self._counts[k, :, a - shift : b - shift]
+        return torch.from_numpy(counts)
+
+    def _start(self, events: DeviceEvents, config: BinningConfig) -> None:
+        """Forget what was kept and make room, if it is not too much, for other counts."""
+        shape = (len(events), config.time_bins, -(-events.num_channels // config.channel_bin))
+        most = FRAMES_SHARE * (events.times.nbytes + events.units.nbytes)
+        fits = math.prod(shape) <= min(most, FRAMES_MIB << 20)
+        self._config, self._made = config, np.zeros(len(events), bool)
+        # memory is taken when it is first written
+        self._counts = np.zeros(shape, np.uint8) if fits else None
+
+    def _make(self, events: DeviceEvents, indices: Tensor) -> bool:
+        """Count the samples that were not yet; whether all counts fit a byte."""
+        numbers = np.unique(indices.numpy())
+        missing = numbers[~self._made[numbers]]
+        if len(missing):
+            counts = _count(events, torch.from_numpy(missing), self._config)
+            if counts.max() > 255:
+                self._counts = None
+                return False
+            self._counts[missing] = counts.transpose(0, 1).numpy()
+            self._made[missing] = True
+        return True
 
 
 def bin_batch(
@@ -178,7 +247,7 @@ def bin_batch(
 
     With the Triton kernels the host waits for nothing and learns nothing of the data: a CUDA graph
     can hold the call if draw_key is a tensor, and counts anew from the indices and the key that it
-    finds in them. In torch on a GPU the host waits for the number of events and of noise events.
+    finds in them. In torch on a GPU the host waits for the key and the number of events.
 
     Args:
         events: all samples.
@@ -222,15 +291,33 @@ def bin_batch(
                 indices.contiguous(), key, C, events.longest, config, augmentation, out,
             )  # fmt: skip
 
+    if events.frames is not None:
+        counts = events.frames.batch(events, indices, config, augmentation, draw_key)
+        if counts is not None:
+            return (counts if out is None else out.copy_(counts)).to(config.dtype)
+    return _count(events, indices, config, augmentation, draw_key, out).to(config.dtype)
+
+
+def _count(
+    events: DeviceEvents,
+    indices: Tensor,
+    config: BinningConfig,
+    augmentation: Augmentation | None = None,
+    draw_key: Tensor | tuple[int, int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """What bin_batch returns, in torch and float32."""
+    shape = (config.time_bins, len(indices), -(-events.num_channels // config.channel_bin))
     if out is None:
         out = torch.zeros(shape, dtype=torch.float32, device=indices.device)
     else:
         out.zero_()
-    for cell, keep in _cells(shape, events, indices, config, augmentation, draw_key):
+    for cell, weight in _cells(shape, events, indices, config, augmentation, draw_key):
+        if weight is None:
+            weight = torch.ones_like(cell, dtype=torch.float32)
         # sums of ones are exact in float32, in whatever order
-        ones = torch.ones_like(cell, dtype=torch.float32) if keep is None else keep.float()
-        out.view(-1).scatter_add_(0, cell, ones)
-    return out.to(config.dtype)
+        out.view(-1).scatter_add_(0, cell, weight)
+    return out
 
 
 def bin_cells(
@@ -252,8 +339,8 @@ def bin_cells(
     _check(indices, augmentation, draw_key)
     shape = (config.time_bins, len(indices), -(-events.num_channels // config.channel_bin))
     found = [indices.new_empty(0)]
-    for cell, keep in _cells(shape, events, indices, config, augmentation, draw_key):
-        found.append(cell if keep is None else cell[keep])
+    for cell, weight in _cells(shape, events, indices, config, augmentation, draw_key):
+        found.append(cell if weight is None else cell[weight > 0])
     return Cells.from_cells(torch.cat(found), shape)
 
 
@@ -297,7 +384,7 @@ def _cells(
     draw_key: Tensor | tuple[int, int] | None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """For one block of samples after the other: each event's place in counts.flatten() [E] int64,
-    and which events stay [E] bool, None for all."""
+    and 1 for an event that stays, 0 for another [E] float32; None: all stay."""
     step = CPU_SAMPLES if indices.device.type == "cpu" else max(len(indices), 1)
     for a in range(0, len(indices), step):
         yield _block_cells(shape, a, events, indices[a : a + step], config, augmentation, draw_key)
@@ -317,67 +404,77 @@ def _block_cells(
     C = events.num_channels
     # half the bytes of int64 is two thirds of the time
     short = torch.int32 if math.prod(shape) < 1 << 31 else torch.int64
-    first = events.offsets.index_select(0, indices)
-    count = events.offsets.index_select(0, indices + 1) - first
-    slot, where = _enumerate(count, first, short)
-    t = events.times.index_select(0, where)
-    unit = events.units.index_select(0, where).to(short).bitwise_and_(0xFFFF)
-    keep = None
+    t, unit, first, count = _collect(events, indices, short)
+    slots = torch.arange(first_slot, first_slot + len(indices), dtype=short, device=t.device)
+    row = _spread(slots * columns, count)
+    weight = None
 
     if augmentation is not None:
-        numbers = indices if events.numbers is None else events.numbers.index_select(0, indices)
-        draws = Draws(torch.as_tensor(draw_key, device=indices.device), numbers)
-        t, unit, keep = _change(augmentation, draws, t, unit, slot, where, first, C)
+        draws = _draws(events, indices, draw_key)
+        t, unit, weight = _change(augmentation, draws, t, unit, count, C)
         if augmentation.noise:
             last = first + count - 1
-            noise_t, noise_unit, noise_slot = _noise(augmentation.noise, draws, events, count, last)
+            noise_t, noise_unit, added = _noise(augmentation.noise, draws, events, count, last)
             t, unit = torch.cat([t, noise_t]), torch.cat([unit, noise_unit.to(short)])
-            slot = torch.cat([slot, noise_slot.to(short)])
-            if keep is not None:
-                keep = torch.cat([keep, torch.ones_like(noise_t, dtype=torch.bool)])
+            row = torch.cat([row, _spread(slots * columns, added)])
+            if weight is not None:
+                weight = torch.cat([weight, torch.ones_like(noise_t)])
 
     if config.style == "authors":
         edges = torch.arange(T, dtype=torch.float64, device=t.device) * (1 / T)
         bin = torch.bucketize(t, edges.half().float(), out_int32=True).to(short)
-        keep = _also(_also(keep, bin < T), unit > 0)
+        weight = _where(_where(weight, torch.lt, bin, T), torch.gt, unit, 0)
         bin, channel = bin.clamp_(max=T - 1), (C - unit).clamp_(max=C - 1)
     else:
         if config.overflow == "drop":
-            keep = _also(keep, t < config.max_time)
+            weight = _where(weight, torch.lt, t, config.max_time)
             if augmentation is not None and augmentation.time_jitter:
-                keep = _also(keep, t >= 0)
-        bin = (t * (T / config.max_time)).clamp_(0, T - 1).to(short)
+                weight = _where(weight, torch.ge, t, 0)
+        bin = t.mul_(T / config.max_time).clamp_(0, T - 1).to(short)
         channel = unit if config.channel_bin == 1 else unit // config.channel_bin
-    return bin.mul_(B).add_(slot.add_(first_slot)).mul_(columns).add_(channel).long(), keep
+    return bin.mul_(B * columns).add_(row).add_(channel).long(), weight
 
 
 class Draws:
     """Random 32-bit numbers that are a function of what they are for.
 
     Args:
-        key [2] int64: see bin_batch.
+        key [2]: integers, see bin_batch.
         numbers [B] int64: the samples' numbers in the whole set.
     """
 
-    def __init__(self, key: Tensor, numbers: Tensor):
-        self.key = fold(fold(key[0].new_zeros(()), key[0] & MASK), key[1] & MASK)
+    def __init__(self, key: Sequence[int], numbers: Tensor):
+        self.key = fold(fold(0, key[0] & MASK), key[1] & MASK)
         self.numbers = numbers
 
-    def __call__(self, stream: int, slot: Tensor | None = None, number: Tensor | int = 0) -> Tensor:
-        """One draw a sample, or one an event: `slot` [E] its sample's place, `number` [E]."""
+    def __call__(self, stream: int, count: Tensor | None = None) -> Tensor:
+        """One draw a sample [B] int64, or one for each of count [B] events of the samples."""
         h = fold(fold(self.key, stream), self.numbers)
-        return fold(h if slot is None else h.index_select(0, slot), number)
+        return fold(h, 0) if count is None else fold(_spread(h, count), _ranks(count))
 
 
-def fold(h: Tensor, word: Tensor | int) -> Tensor:
-    """Mix a word of 32 bits into a hash of 32 bits, both held as int64.
+def _draws(events: DeviceEvents, indices: Tensor, draw_key: Tensor | tuple[int, int]) -> Draws:
+    """The draws of some samples."""
+    numbers = indices if events.numbers is None else events.numbers.index_select(0, indices)
+    return Draws(draw_key.tolist() if isinstance(draw_key, Tensor) else draw_key, numbers)
+
+
+def fold(h: Tensor | int, word: Tensor | int) -> Tensor | int:
+    """Mix a word of 32 bits into a hash of 32 bits, tensors of both held as int64.
 
     Source: Chris Wellons' hash prospector, for the form and the constants of the mixing.
     """
-    h = (h ^ word).add_(GOLDEN).bitwise_and_(MASK)
-    h = h.bitwise_xor_(h >> 16).mul_(MIX_1).bitwise_and_(MASK)
-    h = h.bitwise_xor_(h >> 15).mul_(MIX_2).bitwise_and_(MASK)
-    return h.bitwise_xor_(h >> 15)
+    h = h ^ word
+    h += GOLDEN
+    h &= MASK
+    h ^= h >> 16
+    h *= MIX_1
+    h &= MASK
+    h ^= h >> 15
+    h *= MIX_2
+    h &= MASK
+    h ^= h >> 15
+    return h
 
 
 def _uniform(draw: Tensor) -> Tensor:
@@ -396,59 +493,84 @@ def _near_normal(draw: Tensor) -> Tensor:
     return ((pairs & 0xFFFF) + (pairs >> 16) - 510).float()
 
 
-def _also(keep: Tensor | None, condition: Tensor) -> Tensor:
-    """Which events stay under both; None: all."""
-    return condition if keep is None else keep.logical_and_(condition)
+def _where(
+    weight: Tensor | None, compare: Callable[..., Tensor], a: Tensor, b: Tensor | float
+) -> Tensor:
+    """weight [E] float32, None for ones, and 0 where the comparison does not hold."""
+    # vectorised, as into bool it is not: 22 and 90 us for 172,000 floats (EPYC, 1 thread)
+    holds = compare(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device))
+    return holds if weight is None else weight.mul_(holds)
 
 
-def _enumerate(
-    count: Tensor, first: Tensor | int = 0, slot_dtype: torch.dtype = torch.int64
-) -> tuple[Tensor, Tensor]:
-    """For count [B]: each item's slot in 0..B - 1, and first [B] plus its rank in the slot."""
-    slot = torch.repeat_interleave(count.to(slot_dtype))
-    shift = first - (count.cumsum(0) - count)
-    rank = torch.arange(len(slot), device=count.device).add_(shift.index_select(0, slot))
-    return slot, rank
+def _collect(
+    events: DeviceEvents, indices: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Times [E] float32 and units [E] of some samples, copies, one sample behind the other; first
+    event and number of events of each sample [B] int64."""
+    first = events.offsets.index_select(0, indices)
+    end = events.offsets.index_select(0, indices + 1)
+    count = end - first
+    if indices.device.type == "cpu":
+        # samples are runs of memory: 0.1 ms for 64 of 2,700 events, by index 1.0 (EPYC, 1 thread)
+        spans = [slice(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+        times, units = events.times.numpy(), events.units.numpy().view("uint16")
+        t = np.concatenate([times[span] for span in spans])
+        unit = np.concatenate([units[span] for span in spans], dtype=NUMPY[dtype])
+        return torch.from_numpy(t), torch.from_numpy(unit), first, count
+    where = _ranks(count).add_(_spread(first, count))
+    unit = events.units.index_select(0, where).to(dtype).bitwise_and_(0xFFFF)
+    return events.times.index_select(0, where), unit, first, count
+
+
+def _spread(values: Tensor, count: Tensor) -> Tensor:
+    """values [B], each as often as count [B] says."""
+    if values.device.type == "cpu":
+        # a fifth of what torch takes
+        return torch.from_numpy(np.repeat(values.numpy(), count.numpy()))
+    return values.repeat_interleave(count)
+
+
+def _ranks(count: Tensor) -> Tensor:
+    """0..count - 1 for each of count [B], one behind the other, int64."""
+    end = count.cumsum(0)
+    before = _spread(end - count, count)
+    return torch.arange(len(before), device=count.device).sub_(before)
 
 
 def _change(
-    augmentation: Augmentation,
-    draws: Draws,
-    t: Tensor,
-    unit: Tensor,
-    slot: Tensor,
-    where: Tensor,
-    first: Tensor,
-    channels: int,
+    augmentation: Augmentation, draws: Draws, t: Tensor, unit: Tensor, count: Tensor, channels: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Events' times, units and whether they stay, after shift, stretch, jitter and drop."""
-    keep = None
-    if augmentation.time_jitter or augmentation.drop:
-        number = where - first.index_select(0, slot)
+    """Events' times, units and weights (see _cells), after shift, stretch, jitter and drop."""
+    weight = None
     if augmentation.channel_shift:
-        reach = augmentation.channel_shift
-        shift = _below(draws(SHIFT), 2 * reach + 1) - reach
-        unit = unit.add_(shift.to(unit.dtype).index_select(0, slot))
-        keep = (unit >= 0) & (unit < channels)
-        unit = unit.clamp_(0, channels - 1)
+        shift = _shift(augmentation, draws).to(unit.dtype)
+        moved = unit.add_(_spread(shift, count))
+        unit = moved.clamp(0, channels - 1)
+        weight = _where(None, torch.eq, unit, moved)
     if augmentation.time_stretch:
         factor = 1 + augmentation.time_stretch * (2 * _uniform(draws(STRETCH)) - 1)
-        t = t.mul_(factor.index_select(0, slot))
+        t = t.mul_(_spread(factor, count))
     if augmentation.time_jitter:
         scale = augmentation.time_jitter / BYTES_DEVIATION
-        t = t.add_(_near_normal(draws(JITTER, slot, number)).mul_(scale))
+        t = t.add_(_near_normal(draws(JITTER, count)).mul_(scale))
     if augmentation.drop:
-        keep = _also(keep, draws(DROP, slot, number) >= round(augmentation.drop * 2**32))
-    return t, unit, keep
+        weight = _where(weight, torch.ge, draws(DROP, count), round(augmentation.drop * 2**32))
+    return t, unit, weight
+
+
+def _shift(augmentation: Augmentation, draws: Draws) -> Tensor:
+    """How many channels each sample moves, [B] int64."""
+    reach = augmentation.channel_shift
+    return _below(draws(SHIFT), 2 * reach + 1) - reach
 
 
 def _noise(
     share: float, draws: Draws, events: DeviceEvents, count: Tensor, last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Times, units and slots of noise events, for samples of `count` events up to number `last`."""
+    """Times and units of noise events, for samples of `count` events up to number `last`, and how
+    many each sample has."""
     # share * count, rounded up or down at random, in 1 / 65536
     added = (count * round(share * 65536) + (draws(NOISE_COUNT) >> 16)) >> 16
-    slot, number = _enumerate(added)
-    end = events.times.index_select(0, last.index_select(0, slot))
-    t = _uniform(draws(NOISE_TIME, slot, number)) * end
-    return t, _below(draws(NOISE_UNIT, slot, number), events.num_channels), slot
+    end = events.times.index_select(0, _spread(last, added))
+    t = _uniform(draws(NOISE_TIME, added)) * end
+    return t, _below(draws(NOISE_UNIT, added), events.num_channels), added

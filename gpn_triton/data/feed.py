@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpn_triton.data.binning import DeviceEvents
+from gpn_triton.data.binning import DeviceEvents, Frames
 from gpn_triton.data.events import EventStore
 
 # of a store on a device: time and unit; of a sample offset, label and number
@@ -55,7 +55,10 @@ def make_feed(
         free = torch.cuda.mem_get_info(device)[0] / MIB
         limit, why = free / 2, f" ({free:.0f} MiB free)"
     if limit is None or size <= limit:
-        return Feed(DeviceEvents(store, device)), f"{line}, resident on {device}{why}"
+        events = DeviceEvents(store, device)
+        if device.type == "cpu" and limit is None:
+            events.frames = Frames()
+        return Feed(events), f"{line}, resident on {device}{why}"
     return StreamedFeed(store, device, limit), (
         f"{line}, streamed in shards of up to {limit / 2:.0f} MiB "
         f"(limit {limit:.0f} MiB: one shard in use, one on its way)"
