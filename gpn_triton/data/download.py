@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from gpn_triton.data.hdf5 import write_atomically
+from gpn_triton.files import write_atomically
 
 HOSTS = ("https://compneuro.net/datasets/", "https://zenkelab.org/datasets/")
 PARTS = {"shd": ("train", "test"), "ssc": ("train", "valid", "test")}

@@ -21,7 +21,6 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +29,7 @@ import numpy as np
 
 from gpn_triton.data import hdf5_reader
 from gpn_triton.data.events import MAX_SECONDS, EventStore, check_range, unsorted_samples
+from gpn_triton.files import write_atomically
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # part of every cache's name: raise it when what a cache holds changes
@@ -128,19 +128,6 @@ def write_events(
             h5["extra/keys"] = np.array([name.encode() for name in store.class_names])
 
     write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Have `write` fill a file that appears under its name only when it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(path: Path, num_channels: int) -> tuple[EventStore, np.dtype]:
