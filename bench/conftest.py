@@ -21,7 +21,7 @@ from bench.cases import SIZES, Case, cases
 from bench.competitors import Unavailable
 from bench.subjects import Wrong
 from gpn_triton import roofline
-from gpn_triton.train import provenance
+from gpn_triton.provenance import provenance
 
 _contests = pytest.StashKey[dict[str, "Contest"]]()
 _left_out = pytest.StashKey[list[dict[str, str]]]()

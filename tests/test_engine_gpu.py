@@ -13,7 +13,7 @@ from gpn_triton.data.synthetic import synthetic_splits
 from gpn_triton.engine import Engine, build_model
 from gpn_triton.graphs import WARM_RUNS
 from gpn_triton.profile import StepProfile
-from tests.test_engine import BATCH, OPTIONS, SMALL, store, streamed, train
+from tests.small_training import BATCH, OPTIONS, SMALL, store, streamed, train
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

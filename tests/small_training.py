@@ -1,0 +1,70 @@
+"""A small training on a small set, of which several tests want the losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gpn_triton.config import TrainConfig
+from gpn_triton.data import DeviceEvents, EventStore
+from gpn_triton.data.feed import Feed, StreamedFeed
+from gpn_triton.engine import Engine, build_model
+
+CPU = torch.device("cpu")
+EPOCHS, SAMPLES, BATCH = 4, 44, 8
+SMALL = dict(
+    hidden=(9, 6), time_bins=7, batch_size=BATCH, epochs=EPOCHS, lr=0.01, channel_shift=3,
+    clip_grad=1.0, warmup_epochs=1,
+)  # fmt: skip
+OPTIONS = [
+    {},
+    {"amp": "bf16", "accumulate": 2},
+    {"amp": "fp16"},
+    {"amp": "fp16", "clip_grad": None, "neuron": "lif"},
+    {"neuron": "gru", "schedule": "plateau"},
+    {"readout": "last", "checkpoint_every": 3, "schedule": "constant", "warmup_epochs": 0},
+]
+
+
+def store():
+    """Samples of two classes that fire in different channels, 0 to 39 events each."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(SAMPLES) % 2
+    counts = rng.integers(0, 40, SAMPLES)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    times = [np.sort(rng.random(n, dtype=np.float32)) for n in counts]
+    units = [rng.integers(0, 50, n) + 40 * y for n, y in zip(counts, labels, strict=True)]
+    return EventStore(
+        np.concatenate(times), np.concatenate(units).astype(np.uint16), offsets, labels, None, 100,
+        ("a", "b"),
+    )  # fmt: skip
+
+
+def train(graphs=None, make_feed=None, epochs=EPOCHS, device=CPU, **options):
+    """Train on the small set; the engine and by epoch loss, activity and evaluated loss."""
+    torch.manual_seed(0)
+    cfg = TrainConfig(**{**SMALL, **options})
+    net = Engine(cfg, build_model(cfg, 100, 2).to(device).train(), device)
+    with torch.no_grad():
+        # as drawn the neurons hardly spike
+        for parameter in net.model.inputs[0].parameters():
+            parameter *= 4
+    if graphs is not None:
+        net.graphs = graphs
+    feed = (make_feed or (lambda s: Feed(DeviceEvents(s, device))))(store())
+    evaluated = Feed(DeviceEvents(store(), device))
+    losses = []
+    for epoch in range(epochs):
+        net.start_epoch(feed, 3, epoch)
+        for first in range(0, SAMPLES, BATCH):
+            net.train_step(feed, min(BATCH, SAMPLES - first))
+        line = net.totals.tolist() + [net.evaluate(evaluated)["loss"], float(net.lr)]
+        losses.append(line)
+        net.schedule.end_epoch(epoch, line[0])
+        net.totals.zero_()
+    return net, losses
+
+
+def streamed(events, device=CPU):
+    """A feed of about two batches a shard."""
+    return StreamedFeed(events, device, 2 * (2 * BATCH * 20 * 6 + 30 * SAMPLES) / 2**20)
