@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpn_triton.checkpoint import write_atomically
+from gpn_triton.files import write_atomically
 
 
 def draw_curves(path: Path, epochs: list[dict[str, Any]], title: str) -> None:

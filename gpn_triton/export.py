@@ -30,7 +30,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from gpn_triton import checkpoint
+from gpn_triton import checkpoint, files
 from gpn_triton.layers import GPN
 from gpn_triton.model import SpikingClassifier
 from gpn_triton.predict import NUM_CHANNELS, TrainedRun, load_run
@@ -118,7 +118,7 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
     written = [out / "model.safetensors", out / "model.json"]
     if trained.config.neuron.startswith("gpn"):
         content = save(authors_weights(trained.model))
-        checkpoint.write_atomically(out / "authors.safetensors", lambda file: file.write(content))
+        files.write_atomically(out / "authors.safetensors", lambda file: file.write(content))
         written.append(out / "authors.safetensors")
     return written
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpn_triton import checkpoint, config
+from gpn_triton import checkpoint, config, files
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore, bin_batch, read_events
 from gpn_triton.engine import build_binning, build_model, choose_device
@@ -214,7 +214,7 @@ def _main(run: str, file: str, out: str, stream: bool, device: str, batch_size: 
         sys.stdout.write(text)
         sys.stdout.flush()
         return 0
-    checkpoint.write_atomically(Path(out), lambda opened: opened.write(text.encode()))
+    files.write_atomically(Path(out), lambda opened: opened.write(text.encode()))
     agree = (logits.argmax(1) == torch.from_numpy(store.labels)).double().mean().item()
     print(f"{out}: {len(store)} samples, {100 * agree:.2f} % as the file labels them")
     return 0

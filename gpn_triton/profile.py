@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gpn_triton.checkpoint import write_atomically
+from gpn_triton.files import write_atomically
 
 STEP = "training step"
 # rows of a table; what is left is summed in one more

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gpn_triton import checkpoint, roofline
+from gpn_triton import checkpoint, files, roofline
 from gpn_triton.config import TrainConfig
 from gpn_triton.curves import draw_curves
 from gpn_triton.data import EventStore, Splits
@@ -372,7 +372,7 @@ def _describe(means: dict[str, Any]) -> str:
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    files.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _peak_memory_mib(device: torch.device) -> float:

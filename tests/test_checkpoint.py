@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from gpn_triton import checkpoint
+from gpn_triton import checkpoint, files
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, lambda f: f.write(b"old"))
+    files.write_atomically(path, lambda f: f.write(b"old"))
 
     def fail(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
