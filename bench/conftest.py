@@ -20,7 +20,8 @@ from bench import measure, report
 from bench.cases import SIZES, Case, cases
 from bench.competitors import Unavailable
 from bench.subjects import Wrong
-from gpn_triton import roofline
+from gpn_triton import cost
+from gpn_triton import device as machine
 from gpn_triton.provenance import provenance
 
 _contests = pytest.StashKey[dict[str, "Contest"]]()
@@ -160,10 +161,10 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def ceilings(request, device) -> roofline.Ceilings:
+def ceilings(request, device) -> machine.Ceilings:
     """What the device can do at best; not worth a second where shapes are tiny."""
     tiny = request.config.getoption("--size") == "tiny"
-    return roofline.ceilings(device, **({"n": 128} if tiny else {}))
+    return machine.ceilings(device, **({"n": 128} if tiny else {}))
 
 
 @pytest.fixture(scope="session")
@@ -212,7 +213,7 @@ def contest(request, benchmark, device, ceilings, header):
                 pytest.skip(str(error))
             raise error
         times, count = entered.times[subject], entered.counts[subject]
-        floor = roofline.floor_seconds(count, ceilings)
+        floor = cost.floor_seconds(count, ceilings)
         ours = [s for s in ("gpn-triton", *entered.times) if s.startswith("gpn")]
         first = next((s for s in ours if s in entered.times), None)
         wall = measure.summary(times.wall)

@@ -40,7 +40,8 @@ from bench import measure, networks, subjects
 from bench.cases import SHD, SSC, Case
 from bench.measure import Call, GraphedCall, Times, timed
 from bench.subjects import Problem, Unavailable, Wrong
-from gpn_triton import gpn, ops, roofline
+from gpn_triton import cost, gpn, ops
+from gpn_triton import device as machine
 from gpn_triton.checkpoint import write_json
 from gpn_triton.data import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
@@ -133,9 +134,9 @@ def per_step(times: dict[str, float], T: int) -> Row:
 
 
 @functools.cache
-def ceilings(device: torch.device) -> roofline.Ceilings:
+def ceilings(device: torch.device) -> machine.Ceilings:
     """What the device can do; a CPU's, in a dry run, from small matrices."""
-    return roofline.ceilings(device, 128 if device.type == "cpu" else None)
+    return machine.ceilings(device, 128 if device.type == "cpu" else None)
 
 
 def as_strategy(plan: Plan, strategy: str, dtype: torch.dtype) -> Plan:
@@ -195,7 +196,7 @@ def step_job(problem: Problem, subject: str, backward: bool) -> Job:
             with planned(strategy):
                 call = GraphedCall(call) if device.type == "cuda" else call
                 row |= subjects._check(problem, call, "gpn", None)
-            count = roofline.layer("gpn", case.N, None, backward, False, problem.x.element_size())
+            count = cost.layer("gpn", case.N, None, backward, False, problem.x.element_size())
             count = count * (case.T * case.B)
         else:
             entry = subjects.prepare(problem, subject, backward)
@@ -204,7 +205,7 @@ def step_job(problem: Problem, subject: str, backward: bool) -> Job:
             if device.type == "cuda" and subject.startswith("lstm"):
                 call = GraphedCall(call)
         row |= per_step(time_call(call, device), case.T)
-        row["floor_us"] = 1e6 * roofline.floor_seconds(count, ceilings(device)) / case.T
+        row["floor_us"] = 1e6 * cost.floor_seconds(count, ceilings(device)) / case.T
         row["peak_mib"] = getattr(call, "peak_bytes", 0) / 2**20 or None
         return row
 
@@ -389,7 +390,7 @@ def epoch_row(setting: Setting, case: Case, subject: str, samples: int, kept: di
     peak = torch.cuda.max_memory_allocated() if cuda else None
     count = max(1, min(steps, int((20 if subject == "loop" else 10) / seconds(1))))
     epoch = seconds(count) * samples / (count * case.B)
-    floor = roofline.training_floor(
+    floor = cost.training_floor(
         trainer.cfg.neuron, case.hidden, case.inputs, case.classes, case.T, samples,
         trainer.cfg.amp, ceilings(device),
     )  # fmt: skip
@@ -485,7 +486,7 @@ def compile_ahead(setting: Setting) -> None:
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
     dtype, gates = getattr(torch, setting.dtype), GATES["full"]
-    limits = ops._device_limits() if setting.device.type == "cuda" else {}
+    limits = machine.kernel_limits() if setting.device.type == "cuda" else {}
     plans = {}
     for N, B in setting.shapes:
         plan = tiles.choose(setting.T, B, N, dtype, gates, **limits)

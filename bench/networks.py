@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.cases import Case
 from bench.competitors import LoopGPN, Unavailable
 from bench.subjects import DTYPES, ROWS, TOLERANCE, Entry, Wrong, compare, specification_under
-from gpn_triton import GPN, SpikingClassifier, reference, roofline
+from gpn_triton import GPN, SpikingClassifier, cost, reference
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
@@ -122,7 +122,7 @@ def steps(case: Case, device: torch.device, batches: int) -> Callable[[str], Ent
 
         kind = trainer.cfg.neuron
         element = 4 if case.dtype == "float32" else 2
-        count = roofline.network(kind, case.hidden, case.inputs, case.classes, True, element)
+        count = cost.network(kind, case.hidden, case.inputs, case.classes, True, element)
         return Entry(call, checked, count * (case.T * case.B * batches))
 
     return prepare

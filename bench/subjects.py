@@ -29,7 +29,7 @@ from bench.competitors import (
     spikingjelly_lif,
 )
 from bench.measure import Call, GraphedCall
-from gpn_triton import gpn, reference, roofline
+from gpn_triton import cost, gpn, reference
 
 ROWS = 8
 # dtype -> (margin of h - theta within which a spike may differ, largest error of a gradient as a
@@ -65,7 +65,7 @@ class Entry:
 
     call: Callable[[], Any]
     check: Callable[[], dict[str, Any]]
-    count: roofline.Count
+    count: cost.Count
     saves: Call | None = None
 
 
@@ -143,12 +143,12 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     kind, call, reference_of = _build(problem, subject.removesuffix("-graph"), backward)
     case = problem.case
     element = 4 if call_dtype(call) == torch.float32 else 2
-    count = roofline.layer(
+    count = cost.layer(
         kind, case.N, case.inputs if problem.projects else None, backward, False, element
     )
-    if not problem.projects and kind in roofline.ANN_GATES:
+    if not problem.projects and kind in cost.ANN_GATES:
         # x is a layer's output here: it gets a gradient
-        count = roofline.layer(kind, case.N, None, backward, True, element)
+        count = cost.layer(kind, case.N, None, backward, True, element)
     runs = GraphedCall(call) if graphed else call
 
     def check() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpn_triton.device import BACKENDS
 from gpn_triton.model import NEURONS, READOUTS
-from gpn_triton.ops import BACKENDS
 from gpn_triton.surrogate import SURROGATES
 
 if sys.version_info >= (3, 11):

@@ -10,69 +10,22 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
+from gpn_triton.build import AMP, build_augmentation, build_binning
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import (
     Augmentation,
-    BinningConfig,
     DeviceEvents,
     bin_batch,
     bin_cells,
     prefers_cells,
 )
 from gpn_triton.data.feed import Feed
+from gpn_triton.device import is_out_of_memory
 from gpn_triton.distributed import World
 from gpn_triton.event_linear import Cells
 from gpn_triton.graphs import Graphs
-from gpn_triton.memory import is_out_of_memory
 from gpn_triton.model import Draws, SpikingClassifier
 from gpn_triton.schedule import Schedule
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is the first CUDA GPU, or the CPU where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name} is not here: {torch.cuda.device_count()} CUDA GPUs found")
-    return device
-
-
-def build_model(cfg: TrainConfig, channels: int, classes: int) -> SpikingClassifier:
-    """The network a configuration asks for, for so many input channels and classes."""
-    return SpikingClassifier(
-        cfg.hidden,
-        cfg.neuron,
-        channels,
-        classes,
-        cfg.dropout,
-        cfg.readout,
-        cfg.time_bins,
-        cfg.surrogate,
-        cfg.alpha,
-        cfg.backend,
-        cfg.checkpoint_every,
-    )
-
-
-def build_binning(cfg: TrainConfig) -> BinningConfig:
-    """How a configuration bins events; counts come in the dtype of its mixed precision."""
-    return BinningConfig(
-        time_bins=cfg.time_bins,
-        max_time=cfg.max_time,
-        channel_bin=cfg.channel_bin,
-        overflow=cfg.overflow,
-        style=cfg.binning,
-        dtype=AMP[cfg.amp] or torch.float32,
-    )
-
-
-AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteError(ArithmeticError):
@@ -123,14 +76,7 @@ class Engine:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
         self.binning = build_binning(cfg)
-        augmentation = Augmentation(
-            channel_shift=cfg.channel_shift,
-            time_stretch=cfg.time_stretch,
-            time_jitter=cfg.time_jitter,
-            drop=cfg.event_drop,
-            noise=cfg.noise,
-        )
-        self.augmentation = augmentation if augmentation != Augmentation() else None
+        self.augmentation = build_augmentation(cfg)
         self.parameter_names = [name for name, _ in model.named_parameters()]
         # steps left out, and of the last of them the loss and which parameters' gradients were bad
         self.bad_steps = torch.zeros((), dtype=torch.float64, device=device)

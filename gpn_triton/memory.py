@@ -12,13 +12,6 @@ if TYPE_CHECKING:
     from gpn_triton.engine import Engine
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
 def advice(engine: Engine, feed: Feed) -> str:
     """What a batch that did not fit needed, and what fits.
 

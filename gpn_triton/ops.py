@@ -6,18 +6,17 @@ torch.compile(fullgraph=True) and CUDA-graph capture see one node each. The only
 recurrence kernels; they are imported when first asked for.
 """
 
-import functools
 import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gpn_triton import reference
+from gpn_triton import device, reference
+from gpn_triton.device import BACKENDS, choose_backend
 from gpn_triton.reference import GATES
 from gpn_triton.surrogate import SURROGATES
 
-BACKENDS = ("auto", "triton", "torch")
 OUTPUTS = ("spikes", "mean")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,8 +52,8 @@ def gpn(
         variant: full, no-fi, no-i, no-t, no-b or no-fitb (the paper's ablations).
         surrogate: atan, sigmoid, fast-sigmoid or triangle; alpha: its width, larger is narrower.
         backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto: triton
-            for CUDA tensors up to float32 where the kernels can run (see triton_unavailable), else
-            torch. A backend asked for by name runs or raises.
+            for CUDA tensors up to float32 where the kernels can run (device.triton_unavailable
+            says), else torch. A backend asked for by name runs or raises.
         checkpoint_every: save the membrane every so many steps for backward and replay the steps
             between; None or 1 saves every step.
         output: spikes, or mean: only their mean over time, so that [T, B, N] is never written.
@@ -157,71 +156,14 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
         raise ValueError(f"{name}: expected on x's device {x.device}, got {tensor.device}")
 
 
-def choose_backend(backend: str, x: Tensor) -> str:
-    """torch or triton; raises RuntimeError if triton was asked for and cannot run.
-
-    Called within the operators, where torch.compile does not look.
-    """
-    if backend == "torch" or (backend == "auto" and not x.is_cuda):
-        return "torch"
-    reason = triton_unavailable(x)
-    if reason is None:
-        return "triton"
-    if backend == "auto":
-        return "torch"
-    raise RuntimeError(f"backend='triton' cannot run: {reason}")
-
-
-def triton_unavailable(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot take x, with what would help; None if they can."""
-    if x.dtype == torch.float64:
-        return "x is float64 and the kernels compute in float32; use float32 or backend='torch'"
-    return _device_unavailable(x.device.type, x.device.index)
-
-
-# asked in every call; the answer cannot change while a process runs
-@functools.cache
-def _device_unavailable(kind: str, index: int | None) -> str | None:
-    """Why the kernels cannot run on a device."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (it exists for Linux: pip install triton)"
-    from triton import knobs
-
-    if kind == "cpu" and not knobs.runtime.interpret:
-        return (
-            "x is on the CPU; move it to a CUDA GPU, or set TRITON_INTERPRET=1 before Python starts"
-            " to run the kernels in Triton's interpreter (for tests: it is slow)"
-        )
-    if kind not in ("cpu", "cuda"):
-        return f"x is on device {kind!r}; the kernels run on CUDA GPUs"
-    if kind == "cuda" and torch.version.hip:
-        return "this is a ROCm build of torch; the kernels are written for NVIDIA GPUs"
-    if kind == "cuda" and torch.cuda.get_device_capability(index) < (8, 0):
-        capability = torch.cuda.get_device_capability(index)
-        return f"the GPU has compute capability {capability}; the kernels need (8, 0) or more"
-    return None
-
-
 def _plan(x: Tensor, variant: str, every: int):
     """tiles.choose for x, whose device is current."""
     from gpn_triton.kernels import tiles
 
-    limits = _device_limits() if x.is_cuda else {}
-    return tiles.choose(*x.shape, x.dtype, GATES[variant], every, _float32_precision(), **limits)
-
-
-def _device_limits() -> dict[str, int]:
-    """What tiles.choose asks about the current GPU."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "sm_count": properties.multi_processor_count,
-        "shared_bytes": properties.shared_memory_per_block_optin,
-    }
-
-
-def _float32_precision() -> str:
-    """How float32 operands are multiplied, by torch.set_float32_matmul_precision."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    limits = device.kernel_limits() if x.is_cuda else {}
+    return tiles.choose(
+        *x.shape, x.dtype, GATES[variant], every, device.float32_precision(), **limits
+    )
 
 
 @dataclass(frozen=True)
@@ -305,8 +247,8 @@ def explain(
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         target, capability = torch.cuda.get_device_name(), major * 10 + minor
-        limits = _device_limits()
-    plan = tiles.choose(T, B, N, dtype, gates, every, _float32_precision(), **limits)
+        limits = device.kernel_limits()
+    plan = tiles.choose(T, B, N, dtype, gates, every, device.float32_precision(), **limits)
     kernels, why_not = None, ""
     if knobs.runtime.interpret:
         why_not = "not compiled, since this process interprets kernels (TRITON_INTERPRET)"

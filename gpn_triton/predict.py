@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpn_triton import checkpoint, config, files
+from gpn_triton.build import build_binning, build_model
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore, bin_batch, read_events
-from gpn_triton.engine import build_binning, build_model, choose_device
+from gpn_triton.device import choose_device
 from gpn_triton.model import SpikingClassifier
 
 # of the files in SHD's layout that the training command reads

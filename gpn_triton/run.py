@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import signal
 import statistics
 import time
@@ -15,15 +14,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gpn_triton import checkpoint, files, roofline
+from gpn_triton import checkpoint, files
+from gpn_triton.build import build_network, network_sizes
 from gpn_triton.config import TrainConfig
+from gpn_triton.cost import training_floor
 from gpn_triton.curves import draw_curves
 from gpn_triton.data import EventStore, Splits
 from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
+from gpn_triton.device import ceilings, is_out_of_memory, peak_memory_mib
 from gpn_triton.distributed import World
-from gpn_triton.engine import Engine, NonFiniteError, build_model, means
-from gpn_triton.memory import advice, is_out_of_memory
-from gpn_triton.model import SpikingClassifier
+from gpn_triton.engine import Engine, NonFiniteError, means
+from gpn_triton.memory import advice
 from gpn_triton.profile import StepProfile
 from gpn_triton.provenance import provenance
 from gpn_triton.trackers import Trackers
@@ -302,12 +303,12 @@ class Run:
         # the test set is read here for the first and only time
         test = self.engine.evaluate(self._feed("test", self.splits.test))
         # measuring the device would raise it
-        peak = _peak_memory_mib(self.device)
+        peak = peak_memory_mib(self.device)
         seconds = statistics.median(line["seconds"] for line in epochs)
-        ceilings = roofline.ceilings(self.device)
-        floor = roofline.training_floor(
+        best = ceilings(self.device)
+        floor = training_floor(
             cfg.neuron, cfg.hidden, *network_sizes(cfg, self.splits), cfg.time_bins,
-            -(-len(self.training) // self.world.size), cfg.amp, ceilings,
+            -(-len(self.training) // self.world.size), cfg.amp, best,
         )  # fmt: skip
         result = {
             "test_accuracy": test["accuracy"],
@@ -321,7 +322,7 @@ class Run:
             "seconds_per_epoch": seconds,
             "floor_seconds_per_epoch": floor,
             "fraction_of_floor": floor and floor / seconds,
-            "ceilings": dataclasses.asdict(ceilings),
+            "ceilings": dataclasses.asdict(best),
             "seconds": sum(line["seconds"] for line in epochs),
             "skipped_steps": epochs[-1]["skipped_steps"],
             "peak_memory_mib": peak,
@@ -336,16 +337,6 @@ class Run:
             checkpoint.write_json(self.folder / "result.json", result)
         self.world.barrier()
         return result
-
-
-def network_sizes(cfg: TrainConfig, splits: Splits) -> tuple[int, int]:
-    """Input channels, once binned, and classes."""
-    return -(-splits.train.num_channels // cfg.channel_bin), len(splits.train.class_names)
-
-
-def build_network(cfg: TrainConfig, splits: Splits) -> SpikingClassifier:
-    """The network a configuration asks for on some data."""
-    return build_model(cfg, *network_sizes(cfg, splits))
 
 
 def _read_metrics(path: Path, epochs: int, layers: int) -> tuple[dict, list[dict]]:
@@ -373,13 +364,6 @@ def _describe(means: dict[str, Any]) -> str:
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     files.write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    """Peak memory: of the allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _draw(run: Path, epochs: list[dict[str, Any]], title: str) -> None:

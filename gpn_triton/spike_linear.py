@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpn_triton.ops import BACKENDS, choose_backend
+from gpn_triton.device import BACKENDS, choose_backend
 from gpn_triton.reference import WORD, unpack_spikes
 
 # of the operand that backward rebuilds at a time. On a GPU it stays in the L2 cache between the

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from gpn_triton import checkpoint, config, ops
+from gpn_triton import checkpoint, config
+from gpn_triton.build import build_network
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import Splits, load_splits
 from gpn_triton.data.feed import make_feed
+from gpn_triton.device import choose_device, is_out_of_memory, triton_unavailable
 from gpn_triton.distributed import World
-from gpn_triton.engine import Engine, NonFiniteError, choose_device
-from gpn_triton.memory import is_out_of_memory
-from gpn_triton.run import Run, build_network
+from gpn_triton.engine import Engine, NonFiniteError
+from gpn_triton.run import Run
 
 # data are split with this seed whatever the training seed, so that seeds compare like with like
 SPLIT_SEED = 0
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(cfg: TrainConfig) -> int:
     device = choose_device(cfg.device)
     if cfg.backend == "triton" and cfg.neuron.startswith("gpn"):
-        reason = ops.triton_unavailable(torch.empty(1, device=device))
+        reason = triton_unavailable(torch.empty(1, device=device))
         if reason:
             raise ValueError(f"backend: triton cannot run: {reason}")
     if cfg.deterministic:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gpn_triton.build import build_model
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed, StreamedFeed
-from gpn_triton.engine import Engine, build_model
+from gpn_triton.engine import Engine
 
 CPU = torch.device("cpu")
 EPOCHS, SAMPLES, BATCH = 4, 44, 8

@@ -12,7 +12,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpn_triton import SpikingClassifier, gpn, reference, roofline
+from gpn_triton import SpikingClassifier, cost, gpn, reference
 
 # products of a row [N] with a matrix [N, N] that backend="torch" takes a sample and step. forward:
 # x and v, 4 gates. backward: 3 gates of x and v once more, b being found in the saved membrane;
@@ -134,7 +134,7 @@ def test_training_step_takes_the_products_of_its_layers():
 
 def test_torch_path_takes_2_products_in_28_more_than_the_count():
     N = 8
-    count = roofline.neuron("gpn", N, True)
+    count = cost.neuron("gpn", N, True)
     # weight_x x is recomputed beside weight_v v (+4), b of neither (-2): in all 30 against 28
     assert 2 * N * N * (FORWARD + BACKWARD) / count.flops == 30 / 28
     assert math.isclose(count.serial_flops / count.flops, 8 / 28)

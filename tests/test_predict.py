@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from stores import make_store
 
 from gpn_triton import SpikingClassifier, checkpoint, predict, train
+from gpn_triton.build import build_model
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import write_events
-from gpn_triton.engine import build_model
 from gpn_triton.model import NEURONS
 
 ROOT = Path(__file__).parent.parent

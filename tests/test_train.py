@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpn_triton import checkpoint, engine, roofline, train
+from gpn_triton import build, checkpoint, cost, engine, train
+from gpn_triton import device as machine
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore, load_splits, write_events
 from gpn_triton.data.feed import Feed
@@ -237,7 +238,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(files):
     for batch_size in (3, 8, 100):
         torch.manual_seed(0)
         cfg = TrainConfig(hidden=(8,), time_bins=6, batch_size=batch_size)
-        net = engine.Engine(cfg, engine.build_model(cfg, 700, 2), CPU)
+        net = engine.Engine(cfg, build.build_model(cfg, 700, 2), CPU)
         losses.append(net.evaluate(Feed(DeviceEvents(splits.valid))))
     for other in losses[1:]:
         assert other["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
@@ -381,7 +382,7 @@ def test_results_hold_throughput_and_the_share_of_the_floor(files):
     assert train.main([*files, *SMALL, "--epochs", "2"]) == 0
     result = json.loads((only_run(files[-1]) / "result.json").read_text())
     # 44 samples of 6 steps
-    floor = roofline.training_floor("gpn", [8], 700, 2, 6, 44, None, roofline.ceilings(CPU))
+    floor = cost.training_floor("gpn", [8], 700, 2, 6, 44, None, machine.ceilings(CPU))
     assert result["floor_seconds_per_epoch"] == pytest.approx(floor)
     assert result["fraction_of_floor"] == pytest.approx(floor / result["seconds_per_epoch"])
     assert result["samples_per_second"] == pytest.approx(44 / result["seconds_per_epoch"])

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from gpn_triton.data.events import EventStore
+from gpn_triton.device import BACKENDS, triton_unavailable
 from gpn_triton.event_linear import Cells
-from gpn_triton.ops import BACKENDS, triton_unavailable
 
 STYLES = ("counts", "authors")
 OVERFLOWS = ("drop", "clip")

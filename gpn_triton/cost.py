@@ -9,13 +9,10 @@ not every design; the operation floor bounds all but a first layer that skips it
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from gpn_triton.device import Ceilings
 from gpn_triton.reference import GATES
 
 # passes over N elements of one sample and step, each tensor counted once a pass; "products": those
@@ -33,8 +30,6 @@ ANN_BACKWARD = {"N": 4, "GN": 4}
 ANN_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 GPN_GATES = {"gpn" if name == "full" else f"gpn-{name}": len(GATES[name]) for name in GATES}
 COUNTED = (*GPN_GATES, *ANN_GATES, "lif", "plif")
-# measured on such a card: a bfloat16 matrix product and a device-to-device copy
-STATED = {"H200": (790e12, 4.3e12)}
 
 
 @dataclass(frozen=True)
@@ -140,15 +135,6 @@ def network(
     return total + linear(sizes[-1], classes, backward, True, 0)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device can do: matrix products in FLOP/s, copies in bytes/s, and where it is from."""
-
-    flops_per_s: float
-    bytes_per_s: float
-    source: str
-
-
 def floor_seconds(count: Count, ceilings: Ceilings) -> float:
     """The least time the work can take: the larger of arithmetic and traffic."""
     return max(count.flops / ceilings.flops_per_s, count.bytes / ceilings.bytes_per_s)
@@ -177,51 +163,3 @@ def training_floor(
         return None
     work = network(neuron, hidden, channels, classes, True, 4 if amp is None else 2)
     return floor_seconds(work * (T * samples), ceilings)
-
-
-def _best_seconds(call: Callable[[], object], cuda: bool) -> float:
-    """The shortest of several calls."""
-    seconds = []
-    for _ in range(12):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-@functools.cache
-def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
-    """What the device can do at best.
-
-    A GPU that is listed has stated figures, taken on such a card with bfloat16; any other device is
-    measured, once in a process: the best of several matrix products (bfloat16 on a GPU, else
-    float32) and copies. That takes memory for a moment, at most 1.4 GiB on a GPU and 140 MiB else,
-    so a program that reports its own peak reads it before. It draws from no global generator.
-
-    Args:
-        n: side of the matrices; default: 8192 on a GPU, else 1024.
-    """
-    cuda = device.type == "cuda"
-    if cuda:
-        name = torch.cuda.get_device_name(device)
-        for key, (flops, bandwidth) in STATED.items():
-            if key in name:
-                return Ceilings(flops, bandwidth, f"stated: measured on an {key}, bfloat16")
-    n = n or (8192 if cuda else 1024)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    draw = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(n, n, device=device, generator=draw).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    # beyond any cache
-    source = torch.ones(min(16 * n * n, 1 << 27), device=device)
-    target = torch.empty_like(source)
-    with torch.no_grad():
-        flops = 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=product), cuda)
-        bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), cuda)
-    name, mib = str(dtype).removeprefix("torch."), source.nbytes / 2**20
-    source = f"measured: {n}^3 product in {name}, copy of {mib:.0f} MiB"
-    return Ceilings(flops, bandwidth, source)

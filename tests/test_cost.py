@@ -3,77 +3,78 @@
 import pytest
 import torch
 
-from gpn_triton import roofline
+from gpn_triton import cost
+from gpn_triton import device as machine
+from gpn_triton.build import build_model
 from gpn_triton.config import TrainConfig
-from gpn_triton.engine import build_model
 from gpn_triton.model import NEURONS
 
 CPU = torch.device("cpu")
 SHD, SSC = ([128], 20), ([512, 256, 128], 35)
-H200 = roofline.Ceilings(790e12, 4.3e12, "stated")
+H200 = machine.Ceilings(790e12, 4.3e12, "stated")
 
 
 def test_counts_of_the_paper_s_networks_are_the_design_s():
     for (hidden, classes), forward, training in ((SHD, 0.446, 1.29), (SSC, 6.56, 21.7)):
         for backward, expected in ((False, forward), (True, training)):
-            count = roofline.network("gpn", hidden, 700, classes, backward)
+            count = cost.network("gpn", hidden, 700, classes, backward)
             assert count.flops / 1e6 == pytest.approx(expected, rel=2e-3)
     # the serial share of a step without the recomputed gates: 23 to 29 %
     for (hidden, classes), recomputed, share in ((SHD, 0.131, 0.226), (SSC, 2.75, 0.290)):
-        count = roofline.network("gpn", hidden, 700, classes, True)
+        count = cost.network("gpn", hidden, 700, classes, True)
         rest = count.flops / 1e6 - recomputed
         assert count.serial_flops / 1e6 / rest == pytest.approx(share, abs=2e-3)
 
 
 def test_floors_of_an_epoch_on_an_H200_are_the_design_s():
-    shd = roofline.network("gpn", SHD[0], 700, SHD[1], True) * (8156 * 100)
-    assert roofline.floor_seconds(shd, H200) == pytest.approx(2.5e-3, rel=0.06)
+    shd = cost.network("gpn", SHD[0], 700, SHD[1], True) * (8156 * 100)
+    assert cost.floor_seconds(shd, H200) == pytest.approx(2.5e-3, rel=0.06)
     for T, expected in ((50, 0.104), (100, 0.207), (250, 0.519)):
-        ssc = roofline.network("gpn", SSC[0], 700, SSC[1], True) * (75466 * T)
-        assert roofline.floor_seconds(ssc, H200) == pytest.approx(expected, rel=0.01)
+        ssc = cost.network("gpn", SSC[0], 700, SSC[1], True) * (75466 * T)
+        assert cost.floor_seconds(ssc, H200) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["gpn", "lstm", "gru", "lif"])
 def test_counts_add_up_over_layers_and_scale_with_samples(kind):
-    two = roofline.network(kind, [32, 16], 70, 5, True)
+    two = cost.network(kind, [32, 16], 70, 5, True)
     parts = (
-        roofline.layer(kind, 32, 70, True, False)
-        + roofline.layer(kind, 16, 32, True, True)
-        + roofline.linear(16, 5, True, True, element=0)
+        cost.layer(kind, 32, 70, True, False)
+        + cost.layer(kind, 16, 32, True, True)
+        + cost.linear(16, 5, True, True, element=0)
     )
     assert two == parts
     assert (two * 3).bytes == 3 * two.bytes and two.serial_flops <= two.flops
 
 
 def test_every_neuron_is_counted_but_the_two_that_have_no_floor():
-    assert set(roofline.COUNTED) == set(NEURONS) - {"cuba-lif", "cnn"}
+    assert set(cost.COUNTED) == set(NEURONS) - {"cuba-lif", "cnn"}
     for neuron in NEURONS:
-        floor = roofline.training_floor(neuron, [8], 12, 3, 5, 7, None, H200)
-        assert (floor is None) == (neuron not in roofline.COUNTED), neuron
+        floor = cost.training_floor(neuron, [8], 12, 3, 5, 7, None, H200)
+        assert (floor is None) == (neuron not in cost.COUNTED), neuron
     with pytest.raises(ValueError, match="kind: expected one of gpn, .*, got 'cnn'"):
-        roofline.network("cnn", [8], 12, 3, True)
+        cost.network("cnn", [8], 12, 3, True)
 
 
-@pytest.mark.parametrize("neuron", roofline.COUNTED)
+@pytest.mark.parametrize("neuron", cost.COUNTED)
 def test_products_are_those_of_the_weights_a_network_has(neuron):
     C, classes = 12, 3
     cfg = TrainConfig(hidden=(8, 4), neuron=neuron)
     model = build_model(cfg, C, classes)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    forward = roofline.network(neuron, cfg.hidden, C, classes, False)
+    forward = cost.network(neuron, cfg.hidden, C, classes, False)
     # every weight multiplies once a step
     assert forward.flops == 2 * matrices
     # and twice more backward; the network's input gets no gradient, and GPN takes its z again
     linear = getattr(model.inputs[0], "weight", None)
     first = model.neurons[0].weight_ih_l0 if linear is None else linear
     again = sum(p.numel() for name, p in model.named_parameters() if name.endswith("weight_v"))
-    both = roofline.network(neuron, cfg.hidden, C, classes, True)
+    both = cost.network(neuron, cfg.hidden, C, classes, True)
     assert both.flops == 2 * (3 * matrices - first.numel() + again)
 
 
 def test_variants_move_less_the_fewer_gates_they_have():
-    moved = {kind: roofline.neuron(kind, 16, True).bytes for kind in roofline.GPN_GATES}
-    gates = roofline.GPN_GATES
+    moved = {kind: cost.neuron(kind, 16, True).bytes for kind in cost.GPN_GATES}
+    gates = cost.GPN_GATES
     assert gates["gpn"] == 4 and gates["gpn-no-i"] == 3 and gates["gpn-no-fi"] == 2
     for a in gates:
         for b in gates:
@@ -81,12 +82,12 @@ def test_variants_move_less_the_fewer_gates_they_have():
     # without gates x is written and read by the step, which writes v and spike; backward reads x, v
     # and gradient, writes g_x, which the input Linear reads; a spike held for backward is one bit
     assert moved["gpn-no-fitb"] == 2 * 16 * 9
-    assert roofline.neuron("gpn", 16, True).bytes == 2 * 16 * (14 + 7 * 4)
+    assert cost.neuron("gpn", 16, True).bytes == 2 * 16 * (14 + 7 * 4)
 
 
 def test_training_floor_is_the_design_s_for_an_epoch_and_grows_with_samples():
     def floor(samples, amp):
-        return roofline.training_floor("gpn", SSC[0], 700, SSC[1], 50, samples, amp, H200)
+        return cost.training_floor("gpn", SSC[0], 700, SSC[1], 50, samples, amp, H200)
 
     assert floor(75466, "bf16") == pytest.approx(0.104, rel=0.01)
     assert floor(2 * 75466, "bf16") == pytest.approx(2 * floor(75466, "bf16"))
@@ -94,16 +95,16 @@ def test_training_floor_is_the_design_s_for_an_epoch_and_grows_with_samples():
 
 
 def test_floor_is_the_slower_of_arithmetic_and_traffic():
-    work = roofline.Count(flops=6.0, bytes=10.0)
-    assert roofline.floor_seconds(work, roofline.Ceilings(2.0, 5.0, "")) == 3.0
-    assert roofline.floor_seconds(work, roofline.Ceilings(3.0, 2.0, "")) == 5.0
+    work = cost.Count(flops=6.0, bytes=10.0)
+    assert cost.floor_seconds(work, machine.Ceilings(2.0, 5.0, "")) == 3.0
+    assert cost.floor_seconds(work, machine.Ceilings(3.0, 2.0, "")) == 5.0
 
 
 def test_ceilings_of_a_cpu_are_measured_once_and_leave_random_draws_alone():
     state = torch.get_rng_state()
-    found = roofline.ceilings(CPU, 96)
+    found = machine.ceilings(CPU, 96)
     assert torch.equal(torch.get_rng_state(), state)
     # a CPU does between a million and a petaflop, and copies so
     assert 1e6 < found.flops_per_s < 1e15 and 1e6 < found.bytes_per_s < 1e15
     assert "96^3 product in float32" in found.source
-    assert roofline.ceilings(CPU, 96) is found
+    assert machine.ceilings(CPU, 96) is found

@@ -1,0 +1,162 @@
+"""What is asked of the computer: its device, what can run there, and what it can do at best."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+# measured on such a card: a bfloat16 matrix product and a device-to-device copy
+STATED = {"H200": (790e12, 4.3e12)}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the first CUDA GPU, or the CPU where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not here: {torch.cuda.device_count()} CUDA GPUs found")
+    return device
+
+
+def choose_backend(backend: str, x: Tensor) -> str:
+    """torch or triton; raises RuntimeError if triton was asked for and cannot run.
+
+    Called within the operators, where torch.compile does not look.
+    """
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
+        return "torch"
+    reason = triton_unavailable(x)
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "torch"
+    raise RuntimeError(f"backend='triton' cannot run: {reason}")
+
+
+def triton_unavailable(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot take x, with what would help; None if they can."""
+    if x.dtype == torch.float64:
+        return "x is float64 and the kernels compute in float32; use float32 or backend='torch'"
+    return _device_unavailable(x.device.type, x.device.index)
+
+
+# asked in every call; the answer cannot change while a process runs
+@functools.cache
+def _device_unavailable(kind: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on a device."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it exists for Linux: pip install triton)"
+    from triton import knobs
+
+    if kind == "cpu" and not knobs.runtime.interpret:
+        return (
+            "x is on the CPU; move it to a CUDA GPU, or set TRITON_INTERPRET=1 before Python starts"
+            " to run the kernels in Triton's interpreter (for tests: it is slow)"
+        )
+    if kind not in ("cpu", "cuda"):
+        return f"x is on device {kind!r}; the kernels run on CUDA GPUs"
+    if kind == "cuda" and torch.version.hip:
+        return "this is a ROCm build of torch; the kernels are written for NVIDIA GPUs"
+    if kind == "cuda" and torch.cuda.get_device_capability(index) < (8, 0):
+        capability = torch.cuda.get_device_capability(index)
+        return f"the GPU has compute capability {capability}; the kernels need (8, 0) or more"
+    return None
+
+
+def kernel_limits() -> dict[str, int]:
+    """What tiles.choose asks about the current GPU."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "sm_count": properties.multi_processor_count,
+        "shared_bytes": properties.shared_memory_per_block_optin,
+    }
+
+
+def float32_precision() -> str:
+    """How float32 operands are multiplied, by torch.set_float32_matmul_precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Peak memory: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device can do: matrix products in FLOP/s, copies in bytes/s, and where it is from."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    source: str
+
+
+def _best_seconds(call: Callable[[], object], cuda: bool) -> float:
+    """The shortest of several calls."""
+    seconds = []
+    for _ in range(12):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@functools.cache
+def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
+    """What the device can do at best.
+
+    A GPU that is listed has stated figures, taken on such a card with bfloat16; any other device is
+    measured, once in a process: the best of several matrix products (bfloat16 on a GPU, else
+    float32) and copies. That takes memory for a moment, at most 1.4 GiB on a GPU and 140 MiB else,
+    so a program that reports its own peak reads it before. It draws from no global generator.
+
+    Args:
+        n: side of the matrices; default: 8192 on a GPU, else 1024.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        name = torch.cuda.get_device_name(device)
+        for key, (flops, bandwidth) in STATED.items():
+            if key in name:
+                return Ceilings(flops, bandwidth, f"stated: measured on an {key}, bfloat16")
+    n = n or (8192 if cuda else 1024)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    draw = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, n, device=device, generator=draw).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    # beyond any cache
+    source = torch.ones(min(16 * n * n, 1 << 27), device=device)
+    target = torch.empty_like(source)
+    with torch.no_grad():
+        flops = 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=product), cuda)
+        bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), cuda)
+    name, mib = str(dtype).removeprefix("torch."), source.nbytes / 2**20
+    source = f"measured: {n}^3 product in {name}, copy of {mib:.0f} MiB"
+    return Ceilings(flops, bandwidth, source)
