@@ -348,7 +348,7 @@ def specification_under(
         Wrong: a spike differs.
     """
     smooth, _ = reference.gpn_loop(
-        current, weight_x, weight_v, bias, v_reset, v_reset, smooth=True, reset_mask=spikes
+        current, weight_x, weight_v, bias, v_reset, v_reset, reset_mask=spikes
     )
     # the inverse of surrogate.SURROGATES["atan"].value at alpha = 2
     u = torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpn_triton import device, reference
+from gpn_triton import device, recurrence_torch
 from gpn_triton.device import BACKENDS, choose_backend
+from gpn_triton.kernels.tiles import WORD
 from gpn_triton.reference import GATES
 from gpn_triton.surrogate import SURROGATES
 
@@ -259,7 +260,7 @@ def explain(
 
     G, cells, size = len(gates), T * B * N, dtype.itemsize
     product = 2 * cells * G * N  # one of [T B, N] with [G N, N]
-    s_bytes, bit_bytes = 0 if mean else cells * size, -(-T // reference.WORD) * B * N * 4
+    s_bytes, bit_bytes = 0 if mean else cells * size, -(-T // WORD) * B * N * 4
     v_bytes = cells / every * size
     z_bytes = cells * G * size
     backward_z = plan.backward_steps * B * N * size
@@ -298,11 +299,11 @@ def _recurrence(
     every: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """spikes or their mean, v_final, v_saved, spike_bits: see reference.gpn_forward."""
+    """spikes or their mean, v_final, v_saved, spike_bits: see recurrence_torch.gpn_forward."""
     arguments = (x, weight_x, weight_v, bias, v_reset, v0)
     with torch.autocast(x.device.type, enabled=False):
         if choose_backend(backend, x) == "torch":
-            return reference.gpn_forward(*arguments, variant, every, mean)
+            return recurrence_torch.gpn_forward(*arguments, variant, every, mean)
         from gpn_triton.kernels.recurrence_forward import recurrence_forward
 
         with torch.cuda.device_of(x):
@@ -318,7 +319,7 @@ def _(x, weight_x, weight_v, bias, v_reset, v0, variant, surrogate, alpha, backe
         v0.new_empty(B, N) if mean else x.new_empty(x.shape),
         v0.new_empty(B, N),
         x.new_empty(-(-T // every) if every else 0, B, N, dtype=saved),
-        x.new_empty(-(-T // reference.WORD) if every else 0, B, N, dtype=torch.int32),
+        x.new_empty(-(-T // WORD) if every else 0, B, N, dtype=torch.int32),
     )
 
 
@@ -345,7 +346,7 @@ def _recurrence_backward(
     options = (surrogate, alpha, every, mean)
     with torch.autocast(x.device.type, enabled=False):
         if choose_backend(backend, x) == "torch":
-            gradients = reference.gpn_backward(*arguments, variant, *options)
+            gradients = recurrence_torch.gpn_backward(*arguments, variant, *options)
         else:
             from gpn_triton.kernels.recurrence_backward import recurrence_backward
 

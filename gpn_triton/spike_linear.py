@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpn_triton.device import BACKENDS, choose_backend
-from gpn_triton.reference import WORD, unpack_spikes
+from gpn_triton.kernels.tiles import WORD
+from gpn_triton.recurrence_torch import unpack_spikes
 
 # of the operand that backward rebuilds at a time. On a GPU it stays in the L2 cache between the
 # kernel that writes it and the product that reads it (unmeasured). On a CPU, at T = 100, B = 256,

@@ -4,8 +4,8 @@ Every formula of the kernels is written here, once; its twin is in gpn_triton/re
 gpn_triton/surrogate.py. Tiles are float32 of any one shape. Two compile-time choices run through
 everything:
 
-    GATES   the gates that have weights, one letter each in the order "fibt" (t is theta). A gate
-            that is absent is its constant: f = 1/2, i = 1 - f (or 1/2 without f), b = 0, theta = 1.
+    GATES   the gates that have weights, "f i b theta" or some of them in this order. A gate that is
+            absent is its constant: f = 1/2, i = 1 - f, b = 0, theta = 1.
     FAST    sigmoid and tanh by the hardware's tanh.approx (relative error 2^-11, the precision of
             the half types); otherwise by exp and a division.
 
@@ -19,13 +19,13 @@ import triton.language as tl
 @triton.constexpr_function
 def has(GATES, gate):
     """Whether the variant has this gate."""
-    return gate in GATES
+    return gate in GATES.split()
 
 
 @triton.constexpr_function
 def place(GATES, gate):
     """Which block of N columns of z (rows of the weights) belongs to this gate."""
-    return GATES.index(gate)
+    return GATES.split().index(gate)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def bypass(z_b, GATES: tl.constexpr, FAST: tl.constexpr):
 @triton.jit
 def threshold(z_theta, GATES: tl.constexpr, FAST: tl.constexpr):
     theta = tl.full(z_theta.shape, 1.0, tl.float32)
-    if has(GATES, "t"):
+    if has(GATES, "theta"):
         theta = sigmoid(z_theta, FAST)
     return theta
 
@@ -150,33 +150,3 @@ def next_v_gradient(
     g_z_i = g_h * x * sigmoid_derivative(i)
     g_z_b = g_v * tanh_derivative(bypass(z_b, GATES, FAST))
     return g_h * f, g_h * i, g_z_f, g_z_i, g_z_b
-
-
-@triton.jit
-def to_operand(a, DTYPE: tl.constexpr):
-    """a in the dtype of a product's operand, saturated instead of overflowing to infinity."""
-    if DTYPE == tl.float16:
-        a = tl.clamp(a.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL)
-    return a.to(DTYPE)
-
-
-@triton.jit
-def load_gate(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, BLOCK: tl.constexpr):
-    """The gate's tile as float32 from ptr + offs, which address block 0; zeros if absent.
-
-    BLOCK is the distance between two gates in elements.
-    """
-    if has(GATES, gate):
-        return tl.load(ptr + place(GATES, gate) * BLOCK + offs, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros(mask.shape, tl.float32)
-
-
-@triton.jit
-def load_spikes(bits_ptr, t, B, first, offs, mask, N: tl.constexpr):
-    """The spikes at step t as 0.0 or 1.0, from bits [ceil(T / 32), B, N].
-
-    first is the row of the batch (int64) that offs starts from.
-    """
-    word = tl.load(bits_ptr + ((t // 32) * B + first) * N + offs, mask=mask, other=0)
-    return ((word >> (t % 32)) & 1).to(tl.float32)

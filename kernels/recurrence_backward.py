@@ -26,7 +26,7 @@ step t + 1 left open). Layout as forward; z and g_z [steps, B, G N] share their 
 bfloat16 for half x (range matters for gradients), else float32. g_v and accumulators are float32,
 sums over chunks and steps run in one fixed order.
 
-Source: arXiv 2412.01087. Twin: reference.gpn_backward.
+Source: arXiv 2412.01087. Twin: reference.gpn_adjoint.
 """
 
 from __future__ import annotations
@@ -36,25 +36,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpn_triton.kernels.pointwise import (
-    cell_gradient,
-    has,
+from gpn_triton.kernels.operands import (
+    TL_DTYPES,
+    add_product,
+    cast,
+    layer_constants,
+    load_block,
     load_gate,
     load_spikes,
-    next_v_gradient,
-    place,
-    to_operand,
-)
-from gpn_triton.kernels.recurrence_forward import (
-    INTERPRETED,
-    TL_DTYPES,
-    cast,
-    gate_letters,
     project,
-    recurrence_replay,
     resize,
     resize_weights,
+    store_gate,
+    tile_constants,
+    to_operand,
 )
+from gpn_triton.kernels.pointwise import cell_gradient, has, next_v_gradient
+from gpn_triton.kernels.recurrence_forward import recurrence_replay
 from gpn_triton.kernels.tiles import Plan, elementwise_blocks, gradient_dtype, is_half, padded
 
 
@@ -78,7 +76,7 @@ def recurrence_gradient_kernel(
     z_row = first * DEPTH
     z_f = load_gate(z_ptr + z_row, offs_z, mask, "f", GATES, N)
     z_i = load_gate(z_ptr + z_row, offs_z, mask, "i", GATES, N)
-    z_t = load_gate(z_ptr + z_row, offs_z, mask, "t", GATES, N)
+    z_theta = load_gate(z_ptr + z_row, offs_z, mask, "theta", GATES, N)
     x = tl.load(x_ptr + whole + offs, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + first * N + offs, mask=mask, other=0.0).to(tl.float32)
     if MEAN:
@@ -86,36 +84,12 @@ def recurrence_gradient_kernel(
         g_s = tl.load(g_s_ptr + batch * N + n, mask=mask, other=0.0).to(tl.float32)
     else:
         g_s = tl.load(g_s_ptr + whole + offs, mask=mask, other=0.0).to(tl.float32)
-    g_u, g_z_t = cell_gradient(
-        z_f, z_i, z_t, v, x, g_s * tl.cast(scale, tl.float32), tl.cast(alpha, tl.float32),
+    g_u, g_z_theta = cell_gradient(
+        z_f, z_i, z_theta, v, x, g_s * tl.cast(scale, tl.float32), tl.cast(alpha, tl.float32),
         GATES, SURROGATE, FAST,
     )  # fmt: skip
     tl.store(g_u_ptr + first * N + offs, g_u.to(g_u_ptr.dtype.element_ty), mask=mask)
-    _store_gate(g_z_ptr + z_row, offs_z, g_z_t, mask, "t", GATES, N)
-
-
-@triton.jit
-def _store_gate(ptr, offs, value, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr):
-    if has(GATES, gate):
-        ptr += place(GATES, gate) * N
-        tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_weight(ptr, row, col, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr):
-    """The gate's block of the weights as it lies: [depth, neuron]; nothing if absent."""
-    if has(GATES, gate):
-        return tl.load(ptr + (place(GATES, gate) * N + row) * N + col, mask=mask, other=0.0)
-    else:
-        return 0.0
-
-
-@triton.jit
-def _add_product(g, g_z, w, gate: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr):
-    if has(GATES, gate):
-        return tl.dot(g_z, w, acc=g, input_precision=PRECISION)
-    else:
-        return g
+    store_gate(g_z_ptr + z_row, offs_z, g_z_theta, mask, "theta", GATES, N)
 
 
 @triton.jit
@@ -130,10 +104,10 @@ def _step(
         g_v[t] without the product, and g_z_f, g_z_i, g_z_b.
     """
     at = (row * rows_per_step + first) * N
-    z_t = z_ptr + (row * rows_per_step + first) * DEPTH
-    z_f = load_gate(z_t, offs_z, mask, "f", GATES, N)
-    z_i = load_gate(z_t, offs_z, mask, "i", GATES, N)
-    z_b = load_gate(z_t, offs_z, mask, "b", GATES, N)
+    z_at = z_ptr + (row * rows_per_step + first) * DEPTH
+    z_f = load_gate(z_at, offs_z, mask, "f", GATES, N)
+    z_i = load_gate(z_at, offs_z, mask, "i", GATES, N)
+    z_b = load_gate(z_at, offs_z, mask, "b", GATES, N)
     x = tl.load(x_ptr + (t * rows_per_step + first) * N + offs, mask=mask, other=0.0)
     x = x.to(tl.float32)
     v = tl.load(v_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
@@ -143,12 +117,12 @@ def _step(
         g_v, g_u, z_f, z_i, z_b, v, x, s, GATES, FAST
     )
     tl.store(g_x_ptr + at + offs, g_x.to(g_x_ptr.dtype.element_ty), mask=mask)
-    if has(GATES, "t"):
+    if has(GATES, "theta"):
         g_direct += tl.load(rest_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    g_z_t = g_z_ptr + (row * rows_per_step + first) * DEPTH
-    _store_gate(g_z_t, offs_z, g_z_f, mask, "f", GATES, N)
-    _store_gate(g_z_t, offs_z, g_z_i, mask, "i", GATES, N)
-    _store_gate(g_z_t, offs_z, g_z_b, mask, "b", GATES, N)
+    g_z_at = g_z_ptr + (row * rows_per_step + first) * DEPTH
+    store_gate(g_z_at, offs_z, g_z_f, mask, "f", GATES, N)
+    store_gate(g_z_at, offs_z, g_z_i, mask, "i", GATES, N)
+    store_gate(g_z_at, offs_z, g_z_b, mask, "b", GATES, N)
     return g_direct, g_z_f, g_z_i, g_z_b
 
 
@@ -170,9 +144,10 @@ def recurrence_backward_persistent_kernel(
     offs_z = rows * DEPTH + n
     k = tl.arange(0, BLOCK_N)[:, None]
     w_mask = (k < N) & (n < N)
-    w_f = _load_weight(weight_v_ptr, k, n, w_mask, "f", GATES, N)  # [BLOCK_N, BLOCK_N]
-    w_i = _load_weight(weight_v_ptr, k, n, w_mask, "i", GATES, N)
-    w_b = _load_weight(weight_v_ptr, k, n, w_mask, "b", GATES, N)
+    offs_w = k * N + n  # the weights as they lie: [depth k, neuron n]
+    w_f = load_block(weight_v_ptr, offs_w, w_mask, "f", GATES, N * N)  # [BLOCK_N, BLOCK_N]
+    w_i = load_block(weight_v_ptr, offs_w, w_mask, "i", GATES, N * N)
+    w_b = load_block(weight_v_ptr, offs_w, w_mask, "b", GATES, N * N)
 
     rows_per_step = B.to(tl.int64)
     g_v = tl.load(g_v_ptr + first * N + offs, mask=mask, other=0.0)
@@ -185,24 +160,11 @@ def recurrence_backward_persistent_kernel(
         )  # fmt: skip
         # three sums side by side, not one chain three times as long
         none = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-        g_i = _add_product(none, to_operand(g_z_i, OPERAND), w_i, "i", GATES, PRECISION)
-        g_b = _add_product(none, to_operand(g_z_b, OPERAND), w_b, "b", GATES, PRECISION)
-        g_v = _add_product(g_v, to_operand(g_z_f, OPERAND), w_f, "f", GATES, PRECISION)
+        g_i = add_product(none, to_operand(g_z_i, OPERAND), w_i, "i", GATES, PRECISION)
+        g_b = add_product(none, to_operand(g_z_b, OPERAND), w_b, "b", GATES, PRECISION)
+        g_v = add_product(g_v, to_operand(g_z_f, OPERAND), w_f, "f", GATES, PRECISION)
         g_v += g_i + g_b
     tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
-
-
-@triton.jit
-def _load_open(
-    g_z_ptr, rows, k, mask, gate: tl.constexpr,
-    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Columns k of the gate's g_z, as a product's operand; nothing if absent."""
-    if has(GATES, gate):
-        offs = rows * DEPTH + place(GATES, gate) * N + k
-        return tl.load(g_z_ptr + offs, mask=mask, other=0.0)
-    else:
-        return 0.0
 
 
 @triton.jit(do_not_specialize=["row", "start", "B"])
@@ -239,15 +201,17 @@ def recurrence_backward_stepwise_kernel(
             k = k0 + tl.arange(0, BLOCK_K)
             z_mask = row_mask & (k[None, :] < N)
             w_mask = (k[:, None] < N) & (n < N)
-            g_z_f = _load_open(open_z, rows, k[None, :], z_mask, "f", N, GATES, DEPTH)
-            g_z_i = _load_open(open_z, rows, k[None, :], z_mask, "i", N, GATES, DEPTH)
-            g_z_b = _load_open(open_z, rows, k[None, :], z_mask, "b", N, GATES, DEPTH)
-            w_f = _load_weight(weight_v_ptr, k[:, None], n, w_mask, "f", GATES, N)
-            w_i = _load_weight(weight_v_ptr, k[:, None], n, w_mask, "i", GATES, N)
-            w_b = _load_weight(weight_v_ptr, k[:, None], n, w_mask, "b", GATES, N)
-            g_f = _add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
-            g_i = _add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
-            g_b = _add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
+            offs_open = rows * DEPTH + k[None, :]
+            offs_w = k[:, None] * N + n  # as they lie, as in the persistent kernel
+            g_z_f = load_block(open_z, offs_open, z_mask, "f", GATES, N)
+            g_z_i = load_block(open_z, offs_open, z_mask, "i", GATES, N)
+            g_z_b = load_block(open_z, offs_open, z_mask, "b", GATES, N)
+            w_f = load_block(weight_v_ptr, offs_w, w_mask, "f", GATES, N * N)
+            w_i = load_block(weight_v_ptr, offs_w, w_mask, "i", GATES, N * N)
+            w_b = load_block(weight_v_ptr, offs_w, w_mask, "b", GATES, N * N)
+            g_f = add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
+            g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
+            g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
         g_v += g_f + g_i + g_b
     if CELL:
         g_v, _, _, _ = _step(
@@ -258,7 +222,7 @@ def recurrence_backward_stepwise_kernel(
     tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     """a b as float32, also for half operands, whose products cuBLAS would round to their dtype."""
     if a.is_cuda and is_half(a.dtype):
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -282,16 +246,11 @@ def recurrence_backward(
     mean: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Backpropagate with the kernels; arguments and results as reference.gpn_backward.
+    """Backpropagate with the kernels; arguments and results as recurrence_torch.gpn_backward.
 
     Args:
-        g_out [T, B, N], or [B, N] if mean: gradient of the spikes or of their mean; None: zero.
-        g_v_final [B, N]: gradient of v_final; None: zero.
-        x, weight_x, weight_v, bias, v_reset, gates, plan: as recurrence_forward had them.
-        bits [ceil(T / 32), B, N], v_saved: as recurrence_forward returned them.
-        surrogate, alpha: see surrogate.SURROGATES.
-    Returns:
-        g_x [T, B, N] of x's dtype, g_weight_x, g_weight_v, g_bias, g_v0 [B, N] float32.
+        g_out: gradient of the spikes, or of their mean. surrogate, alpha: see surrogate.SURROGATES.
+        The rest as recurrence_forward had and returned them; the weights and v_reset are float32.
     """
     T, B, N = x.shape
     if (P := padded(N, x.dtype)) != N:
@@ -306,7 +265,8 @@ def recurrence_backward(
     G = len(gates)
     x, v_reset, bits = x.contiguous(), v_reset.contiguous(), bits.contiguous()
     operand, gradient = v_saved.dtype, gradient_dtype(x.dtype)
-    weight_x16, weight_v16, bias16 = (cast(w, operand) for w in (weight_x, weight_v, bias))
+    # forward's operands make z again; what multiplies g_z has its dtype
+    weight_x_z, weight_v_z, bias_z = (cast(w, operand) for w in (weight_x, weight_v, bias))
     weight_x_g, weight_v_g = cast(weight_x, gradient), cast(weight_v, gradient)
     g_weight_x, g_weight_v, g_bias = (
         None if w is None else torch.zeros_like(w, memory_format=torch.contiguous_format)
@@ -322,12 +282,7 @@ def recurrence_backward(
     else:
         g_v = g_v_final.to(torch.float32).clone(memory_format=torch.contiguous_format)
     g_x = torch.empty_like(x)
-    constants = dict(
-        N=N,
-        GATES=gate_letters(gates),
-        DEPTH=max(1, G) * N,
-        FAST=is_half(x.dtype) and not INTERPRETED,
-    )
+    constants = layer_constants(N, x.dtype, gates)
     serial = sum(gate != "theta" for gate in gates) * N
     blocks = elementwise_blocks(N)
     run = _persistent if plan.strategy == "persistent" else _stepwise
@@ -336,18 +291,18 @@ def recurrence_backward(
         stop = min(T, start + plan.backward_steps)
         steps = stop - start
         # without gates z is never read, and x stands in for the pointer
-        z = project(x[start:stop], weight_x16, bias16)
+        z = project(x[start:stop], weight_x_z, bias_z)
         if every == 1:
             v = v_saved[start:stop]
         else:
             v = recurrence_replay(
-                v_saved, x, bits, z, weight_v16, v_reset, gates, start, stop, every, plan
+                v_saved, x, bits, z, weight_v_z, v_reset, gates, start, stop, every, plan
             )
         g_u = x.new_empty(steps, B, N, dtype=gradient)
         g_x_direct = torch.empty_like(g_u)
         g_z, rest = g_u, g_u
         if G:
-            z.view(steps * B, -1).addmm_(v.view(steps * B, N), weight_v16.t())
+            z.view(steps * B, -1).addmm_(v.view(steps * B, N), weight_v_z.t())
             g_z = z.view(gradient)
         grid = (triton.cdiv(steps * B, blocks["BLOCK_R"]), triton.cdiv(N, blocks["BLOCK_N"]))
         recurrence_gradient_kernel[grid](
@@ -355,42 +310,38 @@ def recurrence_backward(
             start, steps, B, alpha, 1 / T if mean else 1.0,
             SURROGATE=surrogate, MEAN=g_per_step, **blocks, **constants,
         )  # fmt: skip
-        rows = g_z.view(steps * B, -1)
+        g_z_rows = g_z.view(steps * B, -1)
         if "theta" in gates:
-            rest = rows[:, serial:] @ weight_v_g[serial:]
+            rest = g_z_rows[:, serial:] @ weight_v_g[serial:]
         run(
             (z, x, bits, v, g_u, rest, weight_v_g, g_v, g_z, g_x_direct),
-            start, steps, B, plan, dict(PRECISION=plan.precision, **constants),
+            start, steps, B, plan, constants,
         )  # fmt: skip
         g_x_rows = g_x_direct.view(steps * B, N)
         if G:
-            g_weight_v += _product(rows.t(), cast(v, gradient).view(steps * B, N))
-            g_weight_x += _product(rows.t(), cast(x[start:stop], gradient).view(steps * B, N))
-            g_bias += rows.sum(0, dtype=torch.float32)
-            g_x_rows.addmm_(rows, weight_x_g)
+            g_weight_v += _float32_product(g_z_rows.t(), cast(v, gradient).view(steps * B, N))
+            x_rows = cast(x[start:stop], gradient).view(steps * B, N)
+            g_weight_x += _float32_product(g_z_rows.t(), x_rows)
+            g_bias += g_z_rows.sum(0, dtype=torch.float32)
+            g_x_rows.addmm_(g_z_rows, weight_x_g)
         g_x[start:stop] = g_x_direct
     return g_x, g_weight_x, g_weight_v, g_bias, g_v
 
 
 def _persistent(tensors: tuple, start: int, steps: int, B: int, plan: Plan, constants: dict):
-    tile = plan.backward
-    grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(constants["N"], tile.BLOCK_N))
-    g_z = tensors[-2]
+    grid, tile = tile_constants(plan.backward, B, constants["N"])
+    _, g_z, _ = tensors[-3:]
     recurrence_backward_persistent_kernel[grid](
         *tensors, start, steps, B,
-        BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N, STAGES=tile.num_stages,
-        OPERAND=TL_DTYPES[g_z.dtype], num_warps=tile.num_warps, **constants,
+        OPERAND=TL_DTYPES[g_z.dtype], PRECISION=plan.precision, **tile, **constants,
     )  # fmt: skip
 
 
 def _stepwise(tensors: tuple, start: int, steps: int, B: int, plan: Plan, constants: dict):
-    tile = plan.backward
-    grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(constants["N"], tile.BLOCK_N))
+    grid, tile = tile_constants(plan.backward, B, constants["N"])
     # the last launch has no step of its own: it closes g_v at the chunk's first step
     for row in range(steps - 1, -2, -1):
         recurrence_backward_stepwise_kernel[grid](
-            *tensors, row, start, B,
-            PRODUCT=row < steps - 1, CELL=row >= 0,
-            BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-            STAGES=tile.num_stages, num_warps=tile.num_warps, **constants,
+            *tensors, row, start, B, PRODUCT=row < steps - 1, CELL=row >= 0,
+            BLOCK_K=plan.backward.BLOCK_K, PRECISION=plan.precision, **tile, **constants,
         )  # fmt: skip

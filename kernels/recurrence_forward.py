@@ -19,7 +19,7 @@ backward, the spikes packed 32 steps a word into bits [ceil(T / 32), B, N] int32
 `every`-th step. A replay reads the bits and writes v alone. Gates and h are never stored. State,
 gates and accumulators are float32.
 
-Source: arXiv 2412.01087. Twin: reference.gpn_forward.
+Source: arXiv 2412.01087. Twin: reference.gpn_loop.
 """
 
 from __future__ import annotations
@@ -28,47 +28,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from gpn_triton.kernels.pointwise import (
-    cell,
-    has,
+from gpn_triton.kernels import tiles
+from gpn_triton.kernels.operands import (
+    TL_DTYPES,
+    WORD,
+    add_product,
+    cast,
+    layer_constants,
+    load_block,
     load_gate,
     load_spikes,
-    next_v,
-    place,
+    project,
+    resize,
+    resize_weights,
+    tile_constants,
     to_operand,
 )
-from gpn_triton.kernels.tiles import Plan, is_half, operand_dtype, padded
-
-# the interpreter has no inline assembly, hence no tanh.approx
-INTERPRETED = triton.knobs.runtime.interpret
-TL_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-}
-
-
-@triton.jit
-def _load_weight(
-    ptr, row, col, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
-    """The gate's block of the weights, transposed: [depth, neuron]; nothing if absent."""
-    if has(GATES, gate):
-        return tl.load(ptr + (place(GATES, gate) * N + col) * N + row, mask=mask, other=0.0)
-    else:
-        return 0.0
-
-
-@triton.jit
-def _add_product(
-    z, v, w, gate: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    if has(GATES, gate):
-        return tl.dot(v, w, acc=z, input_precision=PRECISION)
-    else:
-        return z
+from gpn_triton.kernels.pointwise import cell, next_v
 
 
 @triton.jit(do_not_specialize=["start", "stop", "T", "B", "every"])
@@ -91,10 +68,11 @@ def recurrence_forward_persistent_kernel(
 
     k = tl.arange(0, BLOCK_N)[:, None]
     w_mask = (k < N) & (n < N)
-    w_f = _load_weight(weight_v_ptr, k, n, w_mask, "f", GATES, N)  # [BLOCK_N, BLOCK_N]
-    w_i = _load_weight(weight_v_ptr, k, n, w_mask, "i", GATES, N)
-    w_b = _load_weight(weight_v_ptr, k, n, w_mask, "b", GATES, N)
-    w_t = _load_weight(weight_v_ptr, k, n, w_mask, "t", GATES, N)
+    offs_w = n * N + k  # the weights transposed: [depth k, neuron n]
+    w_f = load_block(weight_v_ptr, offs_w, w_mask, "f", GATES, N * N)  # [BLOCK_N, BLOCK_N]
+    w_i = load_block(weight_v_ptr, offs_w, w_mask, "i", GATES, N * N)
+    w_b = load_block(weight_v_ptr, offs_w, w_mask, "b", GATES, N * N)
+    w_theta = load_block(weight_v_ptr, offs_w, w_mask, "theta", GATES, N * N)
 
     v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -114,21 +92,21 @@ def recurrence_forward_persistent_kernel(
     # addresses made from t, not bumped from step to step, let the compiler load steps ahead
     rows_per_step = B.to(tl.int64)
     for t in tl.range(t_first, t_stop, num_stages=STAGES):
-        zx_t = zx_ptr + ((t - start) * rows_per_step + first) * DEPTH
+        zx_at = zx_ptr + ((t - start) * rows_per_step + first) * DEPTH
         x = tl.load(x_ptr + (t * rows_per_step + first) * N + offs, mask=mask, other=0.0).to(
             tl.float32
         )
         operand = to_operand(v, OPERAND)
-        z_f = load_gate(zx_t, offs_z, mask, "f", GATES, N)
-        z_i = load_gate(zx_t, offs_z, mask, "i", GATES, N)
-        z_b = load_gate(zx_t, offs_z, mask, "b", GATES, N)
-        z_t = load_gate(zx_t, offs_z, mask, "t", GATES, N)
-        z_f = _add_product(z_f, operand, w_f, "f", GATES, PRECISION)
-        z_i = _add_product(z_i, operand, w_i, "i", GATES, PRECISION)
-        z_b = _add_product(z_b, operand, w_b, "b", GATES, PRECISION)
+        z_f = load_gate(zx_at, offs_z, mask, "f", GATES, N)
+        z_i = load_gate(zx_at, offs_z, mask, "i", GATES, N)
+        z_b = load_gate(zx_at, offs_z, mask, "b", GATES, N)
+        z_theta = load_gate(zx_at, offs_z, mask, "theta", GATES, N)
+        z_f = add_product(z_f, operand, w_f, "f", GATES, PRECISION)
+        z_i = add_product(z_i, operand, w_i, "i", GATES, PRECISION)
+        z_b = add_product(z_b, operand, w_b, "b", GATES, PRECISION)
         if not REPLAY:
-            z_t = _add_product(z_t, operand, w_t, "t", GATES, PRECISION)
-        h, theta = cell(z_f, z_i, z_t, v, x, GATES, FAST)
+            z_theta = add_product(z_theta, operand, w_theta, "theta", GATES, PRECISION)
+        h, theta = cell(z_f, z_i, z_theta, v, x, GATES, FAST)
         if REPLAY:
             s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
         else:
@@ -143,9 +121,9 @@ def recurrence_forward_persistent_kernel(
                 due = ((t + 1) % every == 0) & (t + 1 < T)
                 v_row = ((t + 1) // every) * rows_per_step + first
                 tl.store(v_saved_ptr + v_row * N + offs, to_operand(v, OPERAND), mask=mask & due)
-                word = tl.where(t % 32 == 0, 0, word) | (s.to(tl.int32) << (t % 32))
-                due = (t % 32 == 31) | (t + 1 == T)
-                word_row = (t // 32) * rows_per_step + first
+                word = tl.where(t % WORD == 0, 0, word) | (s.to(tl.int32) << (t % WORD))
+                due = (t % WORD == WORD - 1) | (t + 1 == T)
+                word_row = (t // WORD) * rows_per_step + first
                 tl.store(bits_ptr + word_row * N + offs, word, mask=mask & due)
             if MEAN:
                 count += s.to(tl.float32)
@@ -163,7 +141,7 @@ def recurrence_forward_persistent_kernel(
 
 @triton.jit
 def _products(
-    z_f, z_i, z_b, z_t, a_ptr, w_ptr, rows, n, row_mask, N: tl.constexpr, GATES: tl.constexpr,
+    z_f, z_i, z_b, z_theta, a_ptr, w_ptr, rows, n, row_mask, N: tl.constexpr, GATES: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add weight a to every gate's z, for the rows a [BLOCK_B, N] at a_ptr."""
@@ -172,16 +150,17 @@ def _products(
         a = tl.load(a_ptr + rows * N + k[None, :], mask=row_mask & (k[None, :] < N), other=0.0)
         a = to_operand(a, OPERAND)
         w_mask = (k[:, None] < N) & (n < N)
+        offs_w = n * N + k[:, None]  # transposed, as in the persistent kernel
         # loaded at the same depth for every gate: the four products share the operand
-        w_f = _load_weight(w_ptr, k[:, None], n, w_mask, "f", GATES, N)
-        w_i = _load_weight(w_ptr, k[:, None], n, w_mask, "i", GATES, N)
-        w_b = _load_weight(w_ptr, k[:, None], n, w_mask, "b", GATES, N)
-        w_t = _load_weight(w_ptr, k[:, None], n, w_mask, "t", GATES, N)
-        z_f = _add_product(z_f, a, w_f, "f", GATES, PRECISION)
-        z_i = _add_product(z_i, a, w_i, "i", GATES, PRECISION)
-        z_b = _add_product(z_b, a, w_b, "b", GATES, PRECISION)
-        z_t = _add_product(z_t, a, w_t, "t", GATES, PRECISION)
-    return z_f, z_i, z_b, z_t
+        w_f = load_block(w_ptr, offs_w, w_mask, "f", GATES, N * N)
+        w_i = load_block(w_ptr, offs_w, w_mask, "i", GATES, N * N)
+        w_b = load_block(w_ptr, offs_w, w_mask, "b", GATES, N * N)
+        w_theta = load_block(w_ptr, offs_w, w_mask, "theta", GATES, N * N)
+        z_f = add_product(z_f, a, w_f, "f", GATES, PRECISION)
+        z_i = add_product(z_i, a, w_i, "i", GATES, PRECISION)
+        z_b = add_product(z_b, a, w_b, "b", GATES, PRECISION)
+        z_theta = add_product(z_theta, a, w_theta, "theta", GATES, PRECISION)
+    return z_f, z_i, z_b, z_theta
 
 
 @triton.jit(do_not_specialize=["t", "zx_row", "in_row", "out_row", "B", "every"])
@@ -213,25 +192,23 @@ def recurrence_forward_stepwise_kernel(
     x_t = x_ptr + (t * rows_per_step + first) * N
 
     if HOIST:
-        zx_t = zx_ptr + (zx_row * rows_per_step + first) * DEPTH
-        start_mask = mask
+        z_ptr = zx_ptr + (zx_row * rows_per_step + first) * DEPTH
         offs_z = rows * DEPTH + n
     else:
-        zx_t = bias_ptr
-        start_mask = mask
+        z_ptr = bias_ptr
         offs_z = rows * 0 + n
-    z_f = load_gate(zx_t, offs_z, start_mask, "f", GATES, N)
-    z_i = load_gate(zx_t, offs_z, start_mask, "i", GATES, N)
-    z_b = load_gate(zx_t, offs_z, start_mask, "b", GATES, N)
-    z_t = load_gate(zx_t, offs_z, start_mask, "t", GATES, N)
+    z_f = load_gate(z_ptr, offs_z, mask, "f", GATES, N)
+    z_i = load_gate(z_ptr, offs_z, mask, "i", GATES, N)
+    z_b = load_gate(z_ptr, offs_z, mask, "b", GATES, N)
+    z_theta = load_gate(z_ptr, offs_z, mask, "theta", GATES, N)
     if not HOIST:
-        z_f, z_i, z_b, z_t = _products(
-            z_f, z_i, z_b, z_t, x_t, weight_x_ptr, rows, n, row_mask,
+        z_f, z_i, z_b, z_theta = _products(
+            z_f, z_i, z_b, z_theta, x_t, weight_x_ptr, rows, n, row_mask,
             N, GATES, BLOCK_K, STAGES, OPERAND, PRECISION,
         )  # fmt: skip
     v_t = v_in_ptr + (in_row * rows_per_step + first) * N
-    z_f, z_i, z_b, z_t = _products(
-        z_f, z_i, z_b, z_t, v_t, weight_v_ptr, rows, n, row_mask,
+    z_f, z_i, z_b, z_theta = _products(
+        z_f, z_i, z_b, z_theta, v_t, weight_v_ptr, rows, n, row_mask,
         N, GATES, BLOCK_K, STAGES, OPERAND, PRECISION,
     )  # fmt: skip
 
@@ -239,7 +216,7 @@ def recurrence_forward_stepwise_kernel(
     v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
     own = (segment * rows_per_step + first) * N
     v = tl.load(v_ptr + own + offs, mask=mask, other=0.0)
-    h, theta = cell(z_f, z_i, z_t, v, x, GATES, FAST)
+    h, theta = cell(z_f, z_i, z_theta, v, x, GATES, FAST)
     if REPLAY:
         s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
     else:
@@ -256,46 +233,9 @@ def recurrence_forward_stepwise_kernel(
             s_t = spikes_ptr + (t * rows_per_step + first) * N
             tl.store(s_t + offs, s.to(spikes_ptr.dtype.element_ty), mask=mask)
         if SAVE:
-            bits_t = bits_ptr + ((t // 32) * rows_per_step + first) * N
-            word = tl.load(bits_t + offs, mask=mask & (t % 32 != 0), other=0)
-            tl.store(bits_t + offs, word | (s.to(tl.int32) << (t % 32)), mask=mask)
-
-
-def cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """a, contiguous and in the dtype of a product's operand, saturated instead of infinite."""
-    if a is None:
-        return None
-    if dtype == torch.float16 and a.dtype != torch.float16:
-        a = a.clamp(-65504.0, 65504.0)
-    return a.to(dtype).contiguous()
-
-
-def resize(a: Tensor | None, N: int) -> Tensor | None:
-    """a [..., n] with N neurons: zeros added, or the last ones cut off."""
-    return None if a is None else F.pad(a, (0, N - a.shape[-1])).contiguous()
-
-
-def resize_weights(w: Tensor | None, n: int, N: int) -> Tensor | None:
-    """Gate weights [G n, n] or bias [G n] for N neurons, as resize."""
-    if w is None:
-        return None
-    gates = w.reshape(-1, n, *w.shape[1:])
-    return F.pad(gates, (0, N - n) * w.ndim).reshape(-1, *[N] * (w.ndim - 1))
-
-
-def project(x: Tensor, weight_x: Tensor | None, bias: Tensor | None) -> Tensor:
-    """weight_x x + bias [steps, B, G N] for x [steps, B, N], all in the operands' dtype.
-
-    Without gates there is nothing to read and x itself stands in for the pointer.
-    """
-    if weight_x is None:
-        return x
-    return F.linear(cast(x, weight_x.dtype), weight_x, bias)
-
-
-def gate_letters(gates: tuple[str, ...]) -> str:
-    """The gates as the kernels' constexpr: one letter each, in order."""
-    return "".join(gate[0] for gate in gates)
+            bits_t = bits_ptr + ((t // WORD) * rows_per_step + first) * N
+            word = tl.load(bits_t + offs, mask=mask & (t % WORD != 0), other=0)
+            tl.store(bits_t + offs, word | (s.to(tl.int32) << (t % WORD)), mask=mask)
 
 
 def recurrence_forward(
@@ -308,34 +248,29 @@ def recurrence_forward(
     gates: tuple[str, ...],
     every: int,
     mean: bool,
-    plan: Plan,
+    plan: tiles.Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run GPN forward with the kernels; arguments and results as reference.gpn_forward.
+    """Run GPN forward with the kernels; arguments and results as recurrence_torch.gpn_forward.
 
     Args:
-        x [T, B, N] float32, float16 or bfloat16: synaptic current.
-        weight_x, weight_v [G N, N], bias [G N] float32: gate weights; None without gates.
-        v_reset, v0 [B, N] float32. gates: reference.GATES[variant].
-        every: save v every so many steps; 0 saves nothing. mean: return the mean spike only.
-        plan: tiles.choose(...).
+        x: float32, float16 or bfloat16; the weights, v_reset and v0: float32.
+        gates: reference.GATES[variant]. plan: tiles.choose(...).
     Returns:
-        spikes [T, B, N] of x's dtype, or their mean [B, N] float32; v_final [B, N] float32;
-        v_saved [ceil(T / every), B, N] and spike_bits [ceil(T / 32), B, N] int32, empty if every is
-        0.
+        v_saved is of the operands' dtype: float16 for half x, else float32.
     """
     T, B, N = x.shape
-    if (P := padded(N, x.dtype)) != N:
+    if (P := tiles.padded(N, x.dtype)) != N:
         # a neuron without weights and current stays at 0 and never spikes
         weights = (resize_weights(w, N, P) for w in (weight_x, weight_v, bias))
         state = (resize(v, P) for v in (v_reset, v0))
         results = recurrence_forward(resize(x, P), *weights, *state, gates, every, mean, plan)
         return tuple(resize(a, N) for a in results)
     x, v_reset = x.contiguous(), v_reset.contiguous()
-    operand = operand_dtype(x.dtype)
+    operand = tiles.operand_dtype(x.dtype)
     weight_x, weight_v, bias = (cast(w, operand) for w in (weight_x, weight_v, bias))
     v = v0.clone(memory_format=torch.contiguous_format)
     v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=operand)
-    bits = x.new_empty((-(-T // 32) if every else 0, B, N), dtype=torch.int32)
+    bits = x.new_empty((-(-T // tiles.WORD) if every else 0, B, N), dtype=torch.int32)
     counts = torch.zeros_like(v) if mean else v
     spikes = x if mean else torch.empty_like(x)
     if every:
@@ -346,41 +281,31 @@ def recurrence_forward(
     return (counts / T if mean else spikes), v, v_saved, bits
 
 
-def _constants(x: Tensor, gates: tuple[str, ...], plan: Plan) -> dict:
-    """The constexpr arguments that every launch of the recurrence shares."""
-    N = x.shape[-1]
-    return dict(
-        N=N,
-        GATES=gate_letters(gates),
-        DEPTH=max(1, len(gates)) * N,
-        PRECISION=plan.precision,
-        FAST=is_half(x.dtype) and not INTERPRETED,
-    )
+def _constants(x: Tensor, gates: tuple[str, ...], plan: tiles.Plan) -> tuple[tuple, dict]:
+    """Grid and constexpr arguments that every launch shares."""
+    _, B, N = x.shape
+    grid, constants = tile_constants(plan.forward, B, N)
+    constants |= layer_constants(N, x.dtype, gates)
+    operand = TL_DTYPES[tiles.operand_dtype(x.dtype)]
+    return grid, dict(constants, OPERAND=operand, PRECISION=plan.precision)
 
 
 def _persistent(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan) -> None:
-    T, B, N = x.shape
-    tile = plan.forward
-    grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N), 1)
-    v, v_saved, spikes, bits, counts = outputs
+    T, B, _ = x.shape
+    grid, constants = _constants(x, gates, plan)
     for start in range(0, T, plan.forward_steps):
         stop = min(T, start + plan.forward_steps)
         zx = project(x[start:stop], weight_x, bias)
-        recurrence_forward_persistent_kernel[grid](
-            zx, x, weight_v, v_reset, v, v_saved, spikes, bits, counts,
-            start, stop, T, B, max(1, every),
-            MEAN=mean, SAVE=every > 0, REPLAY=False,
-            BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N, STAGES=tile.num_stages,
-            OPERAND=TL_DTYPES[v_saved.dtype], num_warps=tile.num_warps,
-            **_constants(x, gates, plan),
+        recurrence_forward_persistent_kernel[(*grid, 1)](
+            zx, x, weight_v, v_reset, *outputs, start, stop, T, B, max(1, every),
+            MEAN=mean, SAVE=every > 0, REPLAY=False, **constants,
         )  # fmt: skip
 
 
 def _stepwise(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan) -> None:
     T, B, N = x.shape
-    tile = plan.forward
-    grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N), 1)
-    v, v_saved, spikes, bits, counts = outputs
+    grid, constants = _constants(x, gates, plan)
+    v, v_saved, *others = outputs
     # v[t] is read whole by every program of step t: where it is not saved it goes through two rows
     pair = x.new_empty((2, B, N), dtype=v_saved.dtype)
     pair[0] = cast(v, v_saved.dtype)
@@ -393,14 +318,11 @@ def _stepwise(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean,
             target, out_row = v_saved, (t + 1) // every
         else:
             target, out_row = pair, (t + 1) % 2
-        recurrence_forward_stepwise_kernel[grid](
+        recurrence_forward_stepwise_kernel[(*grid, 1)](
             zx if plan.hoist else x, x, weight_x, bias, weight_v, v_reset, source,
-            v, target, spikes, bits, counts,
-            t, chunk_row, in_row, out_row, B, 0,
+            v, target, *others, t, chunk_row, in_row, out_row, B, 0,
             HOIST=plan.hoist, MEAN=mean, SAVE=every > 0, REPLAY=False,
-            BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-            STAGES=tile.num_stages, OPERAND=TL_DTYPES[v_saved.dtype], num_warps=tile.num_warps,
-            **_constants(x, gates, plan),
+            BLOCK_K=plan.forward.BLOCK_K, **constants,
         )  # fmt: skip
         source, in_row = target, out_row
 
@@ -416,7 +338,7 @@ def recurrence_replay(
     start: int,
     stop: int,
     every: int,
-    plan: Plan,
+    plan: tiles.Plan,
 ) -> Tensor:
     """v at every step of a chunk, from the v saved every `every` steps and the saved spikes.
 
@@ -435,15 +357,10 @@ def recurrence_replay(
     steps = stop - start
     v = v_saved.new_empty(steps, B, N)
     v[::every] = v_saved[start // every : -(-stop // every)]
-    tile = plan.forward
-    tiles = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N))
-    constants = dict(
-        MEAN=False, SAVE=True, REPLAY=True, BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N,
-        STAGES=tile.num_stages, OPERAND=TL_DTYPES[v.dtype], num_warps=tile.num_warps,
-        **_constants(x, gates, plan),
-    )  # fmt: skip
+    grid, constants = _constants(x, gates, plan)
+    constants |= dict(MEAN=False, SAVE=True, REPLAY=True)
     if plan.strategy == "persistent":
-        recurrence_forward_persistent_kernel[(*tiles, triton.cdiv(steps, every))](
+        recurrence_forward_persistent_kernel[(*grid, triton.cdiv(steps, every))](
             zx, x, weight_v, v_reset, v_reset, v, x, bits, v_reset,
             start, stop, stop, B, every, **constants,
         )  # fmt: skip
@@ -451,10 +368,10 @@ def recurrence_replay(
     state = v_saved[start // every : -(-stop // every)].to(torch.float32, copy=True)
     for j in range(min(every, steps) - 1):
         segments = triton.cdiv(steps - 1 - j, every)
-        recurrence_forward_stepwise_kernel[(*tiles, segments)](
+        recurrence_forward_stepwise_kernel[(*grid, segments)](
             zx, x, weight_v, zx, weight_v, v_reset, v,
             state, v, x, bits, v_reset,
             start + j, j, j, j + 1, B, every,
-            HOIST=True, BLOCK_K=tile.BLOCK_K, **constants,
+            HOIST=True, BLOCK_K=plan.forward.BLOCK_K, **constants,
         )  # fmt: skip
     return v

@@ -14,7 +14,7 @@ import torch
 # z of a chunk of time: some passes of a large layer, small enough to stay near the L2 cache of a
 # data-centre GPU between the product that writes it and the recurrence that reads it. unmeasured
 CHUNK_BYTES = 64 << 20
-# a word of packed spikes holds 32 steps, and chunks of whole words keep every slice aligned
+# steps of packed spikes in a word, an int32; chunks of whole words keep every slice aligned
 WORD = 32
 # more neurons do not fit the shared memory of one multiprocessor
 PERSISTENT_N = 128
@@ -57,6 +57,14 @@ class Plan:
     precision: str
     reason: str
     measured: bool = False
+
+
+def saturate(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a in the dtype, saturated where float16 would overflow to infinity."""
+    if dtype == torch.float16 and a.dtype != torch.float16:
+        limit = torch.finfo(torch.float16).max
+        a = a.clamp(-limit, limit)
+    return a.to(dtype)
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpn_triton import SpikingClassifier, cost, gpn, reference
+from gpn_triton import SpikingClassifier, cost, gpn, recurrence_torch
 
 # products of a row [N] with a matrix [N, N] that backend="torch" takes a sample and step. forward:
 # x and v, 4 gates. backward: 3 gates of x and v once more, b being found in the saved membrane;
@@ -107,13 +107,13 @@ def test_layer_moves_these_elements_and_no_more(output, every):
 
 
 def test_added_pass_over_the_gates_of_every_step_is_seen(monkeypatch):
-    backward, N = reference.gpn_backward, 4
+    backward, N = recurrence_torch.gpn_backward, 4
 
     def with_a_pass(g_spikes, g_v_final, x, *rest):
         torch.zeros(*x.shape[:2], 4 * N)
         return backward(g_spikes, g_v_final, x, *rest)
 
-    monkeypatch.setattr(reference, "gpn_backward", with_a_pass)
+    monkeypatch.setattr(recurrence_torch, "gpn_backward", with_a_pass)
     moved = a_sample_and_step(lambda T, B: counted(layer_step(T, B, N)).elements)
     assert moved == N * (MOVED["spikes", None] + 4)
 

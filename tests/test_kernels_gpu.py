@@ -17,22 +17,15 @@ import torch
 
 pytest.importorskip("triton")
 from bench.measure import peak_bytes
-from gpn_triton import gpn, ops, reference
+from gpn_triton import device, gpn, reference
 from gpn_triton.kernels import tiles
-from gpn_triton.kernels.recurrence_backward import recurrence_backward
-from gpn_triton.kernels.recurrence_forward import recurrence_forward
-from gpn_triton.reference import GATES
 from tests import interpreted_bfloat16
-from tests.tolerances import TOLERANCES
+from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
+from tests.tolerances import FLIPS, TOLERANCES
 
 ROOT = Path(__file__).parent.parent
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 STATE_BYTES = 1 << 28
-# spikes that differ from a float64 run over 100 steps of 128 neurons with the layer's own initial
-# weights, x rounded alike: float16 operands, stored products and tanh.approx gave 0.055 % in
-# simulation; twice that
-FLIPS = 0.0011
 
 
 def on_gpu(*values):
@@ -42,42 +35,20 @@ def on_gpu(*values):
 
 @pytest.fixture(autouse=True)
 def bfloat16_as_on_a_gpu(monkeypatch):
-    if DEVICE.type == "cpu":
+    if DEVICE == "cpu":
         interpreted_bfloat16.correct(monkeypatch)
 
 
-def layer(T, B, N, dtype=FLOAT32, gain=1.5):
-    """x, weight_x, weight_v, bias, v_reset, v0, made where they are used; gain 0.7: as a GPN's."""
-    g = torch.Generator(DEVICE).manual_seed(0)
-
-    def uniform(*shape):
-        return (torch.rand(shape, generator=g, device=DEVICE) * 2 - 1) * gain * N**-0.5
-
-    x = torch.randn(T, B, N, generator=g, device=DEVICE, dtype=dtype)
-    weights = uniform(4 * N, N), uniform(4 * N, N), uniform(4 * N)
-    v_reset = torch.randn(B, N, generator=g, device=DEVICE) * 0.05
-    return [x, *weights, v_reset, v_reset + 0.1]
-
-
 def plan_of(x, strategy=None, **changes):
-    """The plan that ops would choose, or another strategy's."""
-    plan = ops._plan(x, "full", 1)
+    """The plan that gpn() would choose, or another strategy's."""
+    limits = device.kernel_limits() if x.is_cuda else {}
+    precision = device.float32_precision()
+    plan = tiles.choose(*x.shape, x.dtype, reference.GATES["full"], 1, precision, **limits)
     if strategy not in (None, plan.strategy):
         assert strategy == "stepwise"
         tile = tiles.Tile(32, 32, 16 if x.dtype == FLOAT32 else 64, 4, 2)
         plan = replace(plan, strategy=strategy, forward=tile, backward=tile)
     return replace(plan, **changes)
-
-
-def run(inputs, g_out, plan):
-    """spikes, v_final, bits, v_saved, and the gradients as reference.gpn_backward returns them."""
-    x, *weights, v_reset, v0 = inputs
-    spikes, v_final, v_saved, bits = recurrence_forward(*inputs, GATES["full"], 1, False, plan)
-    gradients = recurrence_backward(
-        g_out, None, x, *weights, v_reset, bits, v_saved,
-        GATES["full"], "atan", 2.0, 1, False, plan,
-    )  # fmt: skip
-    return spikes, v_final, bits, v_saved, gradients
 
 
 def check_steps(inputs, spikes, v_final, v_saved, first=0):
@@ -94,7 +65,7 @@ def check_steps(inputs, spikes, v_final, v_saved, first=0):
         # time as batch: one step from each of the kernel's own membranes
         soft, v_next = reference.gpn_loop(
             x[a:b].double().view(rows), *weights, v_reset.double().repeat(b - a, 1),
-            v_saved[a:b].double().view(rows[1:]), smooth=True, reset_mask=s,
+            v_saved[a:b].double().view(rows[1:]), reset_mask=s,
         )  # fmt: skip
         sure = (soft - 0.5).abs() > tolerance.margin
         assert torch.equal(s[sure] > 0, soft[sure] > 0.5)
@@ -103,10 +74,11 @@ def check_steps(inputs, spikes, v_final, v_saved, first=0):
         assert (follows.view(rows[1:]) - v_next).abs().max() < tolerance.state
 
 
-def check_gradients(got, expected, tolerance):
-    assert len(got) == len(expected)
-    for g, e in zip(got, expected, strict=True):
-        assert torch.linalg.norm(g.double() - e) < tolerance * torch.linalg.norm(e)
+def expected_gradients(inputs, g_out, v_saved, spikes):
+    """The witness's gradients, from the kernel's own membranes and spikes."""
+    x, *weights, _, v0 = (t.double() for t in inputs)
+    cotangents = g_out.double(), torch.zeros_like(v0)
+    return reference.gpn_adjoint(x, weights, v_saved.double(), spikes.double(), cotangents)
 
 
 @pytest.mark.parametrize(
@@ -130,17 +102,12 @@ def check_gradients(got, expected, tolerance):
     ],
 )
 def test_teacher_forced_steps_and_gradients_equal_the_specification(T, B, N, strategy, dtype):
-    inputs = layer(T, B, N, dtype)
-    x, *weights, v_reset, _ = inputs
-    g_out = torch.randn_like(x)
-    spikes, v_final, bits, v_saved, gradients = run(inputs, g_out, plan_of(x, strategy))
+    inputs = layer(T, B, N, dtype=dtype)
+    g_out, plan = torch.randn_like(inputs[0]), plan_of(inputs[0], strategy)
+    _, spikes, v_final, v_saved, gradients = run_kernels(inputs, g_out, None, plan)
     assert 0.02 < spikes.double().mean() < 0.98
-    assert torch.equal(reference.unpack_spikes(bits, 0, T, dtype), spikes)
     check_steps(inputs, spikes, v_final, v_saved)
-    exact = [t.double() for t in (g_out, x, *weights, v_reset, v_saved)]
-    expected = reference.gpn_backward(
-        exact[0], None, *exact[1:-1], bits, exact[-1], "full", "atan", 2.0, every=1, mean=False
-    )
+    expected = expected_gradients(inputs, g_out, v_saved, spikes)
     check_gradients(gradients, expected, TOLERANCES[dtype].gradient)
 
 
@@ -148,7 +115,7 @@ def test_teacher_forced_steps_and_gradients_equal_the_specification(T, B, N, str
 @pytest.mark.parametrize("T, B, N", [(100, 2, 32), on_gpu(100, 256, 128), on_gpu(100, 256, 256)])
 def test_few_spikes_differ_from_float64_under_autocast(T, B, N, dtype):
     x, *weights, v_reset, _ = layer(T, B, N, gain=0.7)
-    with torch.autocast(DEVICE.type, dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         spikes, _ = gpn(x, *weights, v_reset, backend="triton")
     assert spikes.dtype == dtype
     exact = [t.double() for t in (x.to(dtype), *weights, v_reset, v_reset)]
@@ -160,31 +127,26 @@ def test_few_spikes_differ_from_float64_under_autocast(T, B, N, dtype):
 @pytest.mark.parametrize("strategy", ["persistent", "stepwise"])
 @pytest.mark.parametrize("T, B, N", [(9, 3, 16), on_gpu(2100, 8192, 128)])
 def test_offsets_beyond_2_to_the_31_reach_the_right_elements(T, B, N, strategy):
-    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 70 << 30:
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 70 << 30:
         pytest.skip("needs 70 GiB of free device memory")
-    inputs = layer(T, B, N, FLOAT16)
-    x, *weights, v_reset, _ = inputs
+    inputs = layer(T, B, N, dtype=FLOAT16)
+    x, *others = inputs
     # weight_x x for all steps at once: T B 4 N elements in one tensor
     plan = plan_of(x, strategy, forward_steps=T)
     g_out = torch.randn_like(x)
-    spikes, v_final, bits, v_saved, gradients = run(inputs, g_out, plan)
-    # from a whole word of packed spikes on
-    first = (T - 6) // 32 * 32
-    assert torch.equal(reference.unpack_spikes(bits, first, T, FLOAT16), spikes[first:])
+    _, spikes, v_final, v_saved, gradients = run_kernels(inputs, g_out, None, plan)
+    first = max(0, T - 6)
     check_steps(inputs, spikes, v_final, v_saved, first)
     # the last steps' backward needs nothing of the steps before
-    exact = [t.double() for t in (g_out[first:], x[first:], *weights, v_reset)]
-    expected = reference.gpn_backward(
-        exact[0], None, *exact[1:], bits[first // 32 :], v_saved[first:].double(),
-        "full", "atan", 2.0, every=1, mean=False,
-    )  # fmt: skip
+    last = [x[first:], *others], g_out[first:], v_saved[first:], spikes[first:]
+    expected = expected_gradients(*last)
     check_gradients([gradients[0][first:]], expected[:1], TOLERANCES[FLOAT16].gradient)
 
 
 def forward_backward(inputs, g_out, dtype=None):
     """spikes, v_final and every gradient, through the operator, under autocast to dtype."""
     x, *weights, v_reset, v0 = (t.detach().requires_grad_() for t in inputs)
-    with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+    with torch.autocast(DEVICE, dtype=dtype, enabled=dtype is not None):
         spikes, v_final = gpn(x, *weights, v_reset, v0, backend="triton")
     gradients = torch.autograd.grad([spikes], [x, *weights, v0], [g_out.to(spikes.dtype)])
     return [spikes.detach(), v_final.detach(), *gradients]
@@ -196,7 +158,7 @@ def test_every_run_gives_the_same_bits(T, B, N, dtype):
     inputs = layer(T, B, N)
     g_out = torch.randn_like(inputs[0])
     first = forward_backward(inputs, g_out, dtype)
-    for _ in range(3 if DEVICE.type == "cuda" else 1):
+    for _ in range(3 if DEVICE == "cuda" else 1):
         again = forward_backward(inputs, g_out, dtype)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -234,7 +196,7 @@ def test_compiled_by_inductor_without_graph_breaks_and_agrees(T, B, N, dtype):
     leaves = [t.requires_grad_() for t in (x, *weights, v0)]
 
     def loss(x, wx, wv, bias, v0):
-        with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(DEVICE, dtype=dtype, enabled=dtype is not None):
             spikes, v = gpn(2 * x, wx, wv, bias, v_reset, v0, backend="triton")
         return (spikes.float() * torch.arange(N, device=x.device)).mean() + v.sin().mean()
 

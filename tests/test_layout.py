@@ -12,7 +12,13 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "gpn_triton.surrogate": set(),
     "gpn_triton.reference": {"gpn_triton.surrogate"},
+    "gpn_triton.recurrence_torch": {
+        "gpn_triton.kernels.tiles",
+        "gpn_triton.reference",
+        "gpn_triton.surrogate",
+    },
     "gpn_triton.ops": {
+        "gpn_triton.recurrence_torch",
         "gpn_triton.reference",
         "gpn_triton.surrogate",
         "gpn_triton.kernels.offline",
@@ -22,8 +28,9 @@ ARROWS = {
     },
     "gpn_triton.spike_linear": {
         "gpn_triton.ops",
-        "gpn_triton.reference",
+        "gpn_triton.recurrence_torch",
         "gpn_triton.kernels.spikes",
+        "gpn_triton.kernels.tiles",
     },
     "gpn_triton.layers": {"gpn_triton.ops", "gpn_triton.reference"},
     "gpn_triton.event_linear": set(),

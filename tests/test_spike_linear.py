@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from gpn_triton import ops
 from gpn_triton import spike_linear as module
 from gpn_triton.ops import gpn_packed
-from gpn_triton.reference import unpack_spikes
+from gpn_triton.recurrence_torch import unpack_spikes
 from gpn_triton.spike_linear import spike_linear
 
 # share of the largest gradient: sums of up to 350 terms in another order; bfloat16 rounds weights,

@@ -1,0 +1,128 @@
+"""What the recurrence kernels share beside the mathematics: where a gate lies in memory, products,
+packed spikes; and, on the host, the operands that a launch reads.
+
+A tensor of gates holds their blocks one after the other. GATES names those that a variant has, as
+in pointwise.py; a gate that it lacks is neither read nor written nor multiplied.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpn_triton.kernels import tiles
+from gpn_triton.kernels.pointwise import has, place
+
+# the interpreter has no inline assembly, hence no tanh.approx
+INTERPRETED = triton.knobs.runtime.interpret
+TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# the interpreter counts steps in Python's whole numbers, which do not take a constexpr
+WORD = tiles.WORD if INTERPRETED else tl.constexpr(tiles.WORD)
+
+
+@triton.jit
+def to_operand(a, DTYPE: tl.constexpr):
+    """a in the dtype of a product's operand, saturated instead of overflowing to infinity."""
+    if DTYPE == tl.float16:
+        a = tl.clamp(a.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL)
+    return a.to(DTYPE)
+
+
+@triton.jit
+def load_block(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, SIZE: tl.constexpr):
+    """The gate's block as it is stored, or 0.0 if absent.
+
+    ptr + offs address the first gate's block; SIZE elements lie between two gates.
+    """
+    if has(GATES, gate):
+        return tl.load(ptr + place(GATES, gate) * SIZE + offs, mask=mask, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def load_gate(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, SIZE: tl.constexpr):
+    """load_block as a tile of float32: zeros if absent."""
+    if has(GATES, gate):
+        return load_block(ptr, offs, mask, gate, GATES, SIZE).to(tl.float32)
+    else:
+        return tl.zeros(mask.shape, tl.float32)
+
+
+@triton.jit
+def store_gate(
+    ptr, offs, value, mask, gate: tl.constexpr, GATES: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Store the gate's block, if there is one; arguments as load_block."""
+    if has(GATES, gate):
+        ptr += place(GATES, gate) * SIZE
+        tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_product(
+    total, a, block, gate: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """total + a block, or total if the gate is absent."""
+    if has(GATES, gate):
+        return tl.dot(a, block, acc=total, input_precision=PRECISION)
+    else:
+        return total
+
+
+@triton.jit
+def load_spikes(bits_ptr, t, B, first, offs, mask, N: tl.constexpr):
+    """The spikes at step t as 0.0 or 1.0, from bits [ceil(T / WORD), B, N].
+
+    first is the row of the batch (int64) that offs starts from.
+    """
+    word = tl.load(bits_ptr + ((t // WORD) * B + first) * N + offs, mask=mask, other=0)
+    return ((word >> (t % WORD)) & 1).to(tl.float32)
+
+
+def cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """a, contiguous and in the dtype of a product's operand, saturated instead of infinite."""
+    return None if a is None else tiles.saturate(a, dtype).contiguous()
+
+
+def resize(a: Tensor | None, N: int) -> Tensor | None:
+    """a [..., n] with N neurons: zeros added, or the last ones cut off."""
+    return None if a is None else F.pad(a, (0, N - a.shape[-1])).contiguous()
+
+
+def resize_weights(w: Tensor | None, n: int, N: int) -> Tensor | None:
+    """Gate weights [G n, n] or bias [G n] for N neurons, as resize."""
+    if w is None:
+        return None
+    gates = w.reshape(-1, n, *w.shape[1:])
+    return F.pad(gates, (0, N - n) * w.ndim).reshape(-1, *[N] * (w.ndim - 1))
+
+
+def project(x: Tensor, weight_x: Tensor | None, bias: Tensor | None) -> Tensor:
+    """weight_x x + bias [steps, B, G N] for x [steps, B, N], all in the operands' dtype.
+
+    Without gates there is nothing to read and x itself stands in for the pointer.
+    """
+    if weight_x is None:
+        return x
+    return F.linear(cast(x, weight_x.dtype), weight_x, bias)
+
+
+def layer_constants(N: int, dtype: torch.dtype, gates: tuple[str, ...]) -> dict:
+    """The constexpr arguments that say which layer runs; dtype: of x."""
+    return dict(
+        N=N,
+        GATES=" ".join(gates),
+        DEPTH=max(1, len(gates)) * N,
+        FAST=tiles.is_half(dtype) and not INTERPRETED,
+    )
+
+
+def tile_constants(tile: tiles.Tile, B: int, N: int) -> tuple[tuple[int, int], dict]:
+    """Grid and constexpr arguments of a launch over all rows and neurons."""
+    grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N))
+    blocks = dict(BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N)
+    return grid, dict(blocks, STAGES=tile.num_stages, num_warps=tile.num_warps)
