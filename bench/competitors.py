@@ -103,7 +103,7 @@ class LoopGPN(nn.Module):
         spikes, v = reference.gpn_loop(
             x, layer.weight_x, layer.weight_v, layer.bias, v_reset, v_reset
         )
-        return spikes.mean(0) if layer.options["output"] == "mean" else spikes, v
+        return spikes.mean(0) if layer.options.output == "mean" else spikes, v
 
 
 def flashrnn_lstm(N: int, device: torch.device):

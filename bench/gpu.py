@@ -51,6 +51,7 @@ from gpn_triton.kernels import offline, tiles
 from gpn_triton.kernels.recurrence_backward import recurrence_backward
 from gpn_triton.kernels.recurrence_forward import recurrence_forward
 from gpn_triton.kernels.tiles import Plan, Tile
+from gpn_triton.model import NEURONS
 from gpn_triton.provenance import provenance
 from gpn_triton.reference import GATES
 
@@ -196,7 +197,9 @@ def step_job(problem: Problem, subject: str, backward: bool) -> Job:
             with planned(strategy):
                 call = GraphedCall(call) if device.type == "cuda" else call
                 row |= subjects._check(problem, call, "gpn", None)
-            count = cost.layer("gpn", case.N, None, backward, False, problem.x.element_size())
+            count = cost.layer(
+                NEURONS["gpn"].work, case.N, None, backward, False, problem.x.element_size()
+            )
             count = count * (case.T * case.B)
         else:
             entry = subjects.prepare(problem, subject, backward)
@@ -391,7 +394,7 @@ def epoch_row(setting: Setting, case: Case, subject: str, samples: int, kept: di
     count = max(1, min(steps, int((20 if subject == "loop" else 10) / seconds(1))))
     epoch = seconds(count) * samples / (count * case.B)
     floor = cost.training_floor(
-        trainer.cfg.neuron, case.hidden, case.inputs, case.classes, case.T, samples,
+        NEURONS[trainer.cfg.neuron].work, case.hidden, case.inputs, case.classes, case.T, samples,
         trainer.cfg.amp, ceilings(device),
     )  # fmt: skip
     return dict(

@@ -8,6 +8,7 @@ neuron, so that only the neuron differs.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
 from gpn_triton.engine import Engine
+from gpn_triton.model import NEURONS
 
 # about as many as a sample of SHD or SSC has
 EVENTS = 4000
@@ -122,7 +124,9 @@ def steps(case: Case, device: torch.device, batches: int) -> Callable[[str], Ent
 
         kind = trainer.cfg.neuron
         element = 4 if case.dtype == "float32" else 2
-        count = cost.network(kind, case.hidden, case.inputs, case.classes, True, element)
+        count = cost.network(
+            NEURONS[kind].work, case.hidden, case.inputs, case.classes, True, element
+        )
         return Entry(call, checked, count * (case.T * case.B * batches))
 
     return prepare
@@ -179,11 +183,11 @@ def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
 def _check_gpn(module: nn.Module, record: dict, rows: Tensor, margin: float, share: float) -> None:
     """Compare one layer's spikes (or their mean) and gradients with the specification."""
     layer: GPN = module.layer if isinstance(module, LoopGPN) else module
-    T, mean = len(record["x"]), layer.options["output"] == "mean"
+    T, mean = len(record["x"]), layer.options.output == "mean"
     spikes = record["out"]
     if mean:
         twin = copy.copy(layer)
-        twin.options = {**layer.options, "output": "spikes"}
+        twin.options = dataclasses.replace(layer.options, output="spikes")
         with torch.no_grad():
             spikes = (LoopGPN(twin).eval() if module is not layer else twin)(record["x"])[0]
         compare("the mean of the spikes", record["out"].float(), spikes.float().mean(0), 1e-3)

@@ -30,6 +30,7 @@ from bench.competitors import (
 )
 from bench.measure import Call, GraphedCall
 from gpn_triton import cost, gpn, reference
+from gpn_triton.model import NEURONS
 
 ROWS = 8
 # dtype -> (margin of h - theta within which a spike may differ, largest error of a gradient as a
@@ -143,12 +144,13 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     kind, call, reference_of = _build(problem, subject.removesuffix("-graph"), backward)
     case = problem.case
     element = 4 if call_dtype(call) == torch.float32 else 2
+    work = NEURONS[kind].work
     count = cost.layer(
-        kind, case.N, case.inputs if problem.projects else None, backward, False, element
+        work, case.N, case.inputs if problem.projects else None, backward, False, element
     )
-    if not problem.projects and kind in cost.ANN_GATES:
+    if not problem.projects and work.has_input:
         # x is a layer's output here: it gets a gradient
-        count = cost.layer(kind, case.N, None, backward, True, element)
+        count = cost.layer(work, case.N, None, backward, True, element)
     runs = GraphedCall(call) if graphed else call
 
     def check() -> dict[str, Any]:

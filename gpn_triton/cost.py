@@ -4,7 +4,9 @@ Operations are those of matrix products (2 for a multiplication and its addition
 are not counted. Bytes are what a program that keeps each product apart from the recurrence must
 move between processor and memory: every tensor once for each pass that reads or writes it. A
 program that fuses products into the recurrence moves less, so the byte floor bounds this design,
-not every design; the operation floor bounds all but a first layer that skips its input's zeros.
+not every design. The kernels move more, about twice as much backward: they add weight_v v to z in
+place, which reads it again, hold two parts of the gradient apart, and sum each weight's gradient in
+a product of its own.
 """
 
 from __future__ import annotations
@@ -13,23 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpn_triton.device import Ceilings
-from gpn_triton.reference import GATES
-
-# passes over N elements of one sample and step, each tensor counted once a pass; "products": those
-# of N elements that a variant without gates has not.
-# x written, read by the product and by the step; z written and read by G; v and spike written
-GPN_FORWARD = {"N": 4, "products": 1, "GN": 2}
-# product of z: x, v read, z written. step: z, x, v, gradient of the spike read (the spike itself is
-# one bit), g_z written. product of g_x: g_z read, g_x written. weights: g_z, x, v read. input
-# Linear: g_x read
-GPN_BACKWARD = {"N": 5, "products": 4, "GN": 5}
-# cell and output written, output read as operand; z written and read
-ANN_FORWARD = {"N": 3, "GN": 2}
-# gates, cell, output and gradient read, g_z written, then read for inputs and for weights
-ANN_BACKWARD = {"N": 4, "GN": 4}
-ANN_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-GPN_GATES = {"gpn" if name == "full" else f"gpn-{name}": len(GATES[name]) for name in GATES}
-COUNTED = (*GPN_GATES, *ANN_GATES, "lif", "plif")
 
 
 @dataclass(frozen=True)
@@ -51,6 +36,49 @@ class Count:
         return Count(self.flops * k, self.serial_flops * k, self.bytes * k)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a layer of N neurons of some kind takes a sample and step, beside its input product.
+
+    forward, backward: (products of [G N, N] with a row, those of them on the serial chain, passes
+        over N elements, each tensor counted once a pass). gates: G.
+    input_rows: rows of the input product a neuron. has_input: whether the layer always has one.
+    """
+
+    forward: tuple[int, int, int]
+    backward: tuple[int, int, int]
+    gates: int = 0
+    input_rows: int = 1
+    has_input: bool = False
+
+
+def gated_spiking(G: int) -> Work:
+    """GPN's: spiking neurons with G gates of current and membrane, none of which is saved.
+
+    Forward are the products with weight_v and weight_x; backward those of two gradients of states
+    and inputs and of both weights, and weight_v v once more.
+    """
+    # forward: x written, read by the product (if there are gates) and by the step; z written and
+    # read by G; v and spike written.
+    # backward: the product of z reads x and v and writes z; the step reads z, x, v and the spike's
+    # gradient (the spike itself is one bit) and writes g_z; the product of g_x reads g_z and writes
+    # g_x; the weights' products read g_z, x and v; the input Linear reads g_x
+    products = G > 0
+    return Work((2, 1, 4 + products + 2 * G), (5, 1, 5 + 4 * products + 5 * G), gates=G)
+
+
+def gated(G: int) -> Work:
+    """A layer with G gates of its input and its own output, as nn.LSTM, nn.GRU and nn.RNN."""
+    # forward: cell and output written, output read as an operand; z written and read.
+    # backward: gates, cell, output and gradient read; g_z written, then read for inputs and weights
+    return Work((1, 1, 3 + 2 * G), (2, 1, 4 + 4 * G), gates=G, input_rows=G, has_input=True)
+
+
+# spiking neurons without products. forward: x read, spike written; backward: h written and read,
+# two gradients
+LEAKY = Work((0, 0, 2), (0, 0, 5))
+
+
 def linear(inputs: int, outputs: int, backward: bool, input_grad: bool, element: int = 2) -> Count:
     """Work of a Linear on one row; its output is counted by whatever reads it.
 
@@ -62,62 +90,37 @@ def linear(inputs: int, outputs: int, backward: bool, input_grad: bool, element:
     return Count(2.0 * products * inputs * outputs, 0.0, element * products * inputs)
 
 
-def neuron(kind: str, N: int, backward: bool, element: int = 2) -> Count:
-    """Work of one layer of neurons on one sample and step, without its input Linear.
+def neuron(work: Work, N: int, backward: bool, element: int = 2) -> Count:
+    """Work of one layer of neurons on one sample and step, without its input product.
 
     Args:
-        kind: one of COUNTED: gpn and its variants, each with its own gates; lstm, gru, rnn, whose
-            input product is counted by `layer`; lif and plif, which have no product.
-        N: neurons. backward: forward and backward instead of forward. element: bytes of an element.
-    Returns:
-        For GPN: weight_v v and weight_x x, and backward additionally the two gradients of states
-        and inputs, those of both weights and weight_v v once more, since gates are not saved.
-    Raises:
-        ValueError: a kind whose work is not counted.
+        work: of its kind. N: neurons. backward: forward and backward instead of forward.
+        element: bytes of an element.
     """
-    if kind not in COUNTED:
-        raise ValueError(f"kind: expected one of {', '.join(COUNTED)}, got {kind!r}")
-    if kind in ("lif", "plif"):
-        # x read, spike written; h written and read, two gradients
-        return Count(bytes=element * N * (7 if backward else 2))
-    if kind in GPN_GATES:
-        G = GPN_GATES[kind]
-        product, flops, serial, passes = 2.0 * G * N * N, 0.0, 0.0, 0
-        for k, table in ((2, GPN_FORWARD), (5, GPN_BACKWARD))[: 1 + backward]:
-            flops, serial = flops + k * product, serial + product
-            passes += table["N"] + (G > 0) * table["products"] + G * table["GN"]
-        return Count(flops, serial, element * N * passes)
-    G = ANN_GATES[kind]
-    product = 2.0 * G * N * N
-    passes = ANN_FORWARD["N"] + G * ANN_FORWARD["GN"]
-    if backward:
-        passes += ANN_BACKWARD["N"] + G * ANN_BACKWARD["GN"]
-    return Count(
-        product * (3 if backward else 1), product * (2 if backward else 1), element * N * passes
-    )
+    total, product = Count(), 2.0 * work.gates * N * N
+    for products, serial, passes in (work.forward, work.backward)[: 1 + backward]:
+        total += Count(products * product, serial * product, element * N * passes)
+    return total
 
 
 def layer(
-    kind: str, N: int, inputs: int | None, backward: bool, input_grad: bool, element: int = 2
+    work: Work, N: int, inputs: int | None, backward: bool, input_grad: bool, element: int = 2
 ) -> Count:
     """Work of one layer on one sample and step.
 
     Args:
-        kind: as `neuron`. N: neurons. inputs: of the input Linear; None: no Linear before GPN or
-            LIF (x has N channels), which an LSTM or GRU always has.
+        work: of its kind. N: neurons. inputs: of the input product; None: x has N channels, and no
+            product is before the layer unless its kind always has one.
         backward, input_grad, element: as `linear`.
     """
-    total = neuron(kind, N, backward, element)
-    if kind in ANN_GATES:
-        outputs = ANN_GATES[kind] * N
-        return total + linear(inputs or N, outputs, backward, input_grad, element)
-    if inputs is None:
+    total = neuron(work, N, backward, element)
+    if inputs is None and not work.has_input:
         return total
-    return total + linear(inputs, N, backward, input_grad, element)
+    return total + linear(inputs or N, work.input_rows * N, backward, input_grad, element)
 
 
 def network(
-    kind: str,
+    work: Work,
     hidden: Sequence[int],
     inputs: int,
     classes: int,
@@ -131,7 +134,7 @@ def network(
     """
     total, sizes = Count(), [inputs, *hidden]
     for k, (n_in, n) in enumerate(zip(sizes, hidden, strict=False)):
-        total += layer(kind, n, n_in, backward, k > 0, element)
+        total += layer(work, n, n_in, backward, k > 0, element)
     return total + linear(sizes[-1], classes, backward, True, 0)
 
 
@@ -141,7 +144,7 @@ def floor_seconds(count: Count, ceilings: Ceilings) -> float:
 
 
 def training_floor(
-    neuron: str,
+    work: Work | None,
     hidden: Sequence[int],
     channels: int,
     classes: int,
@@ -153,13 +156,13 @@ def training_floor(
     """Seconds that training on so many samples takes at least; bins and updates are not counted.
 
     Args:
-        neuron: one of model.NEURONS. hidden: neurons of each layer. channels: inputs C.
-        T: time bins. samples: of this device's share. amp: as --amp: elements of 2 bytes, without
-            it of 4. ceilings: of the device.
+        work: of the neurons, model.NEURONS[name].work. hidden: neurons of each layer.
+        channels: inputs C. T: time bins. samples: of this device's share.
+        amp: as --amp: elements of 2 bytes, without it of 4. ceilings: of the device.
     Returns:
-        Seconds; None for cuba-lif and cnn, whose work is not counted.
+        Seconds; None where the neurons' work is not counted.
     """
-    if neuron not in COUNTED:
+    if work is None:
         return None
-    work = network(neuron, hidden, channels, classes, True, 4 if amp is None else 2)
-    return floor_seconds(work * (T * samples), ceilings)
+    total = network(work, hidden, channels, classes, True, 4 if amp is None else 2)
+    return floor_seconds(total * (T * samples), ceilings)

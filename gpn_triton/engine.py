@@ -24,7 +24,7 @@ from gpn_triton.device import is_out_of_memory
 from gpn_triton.distributed import World
 from gpn_triton.event_linear import Cells
 from gpn_triton.graphs import Graphs
-from gpn_triton.model import Draws, SpikingClassifier
+from gpn_triton.model import NEURONS, Draws, SpikingClassifier
 from gpn_triton.schedule import Schedule
 
 
@@ -110,7 +110,7 @@ class Engine:
         self, events: DeviceEvents, indices: Tensor, augmentation: Augmentation | None
     ) -> Tensor | Cells:
         """Samples as counts, or as a list of events where a Linear reads few of them on a CPU."""
-        sparse = self.amp is None and hasattr(self.model.inputs[0], "weight")
+        sparse = self.amp is None and NEURONS[self.cfg.neuron].sparse_input
         bins = bin_cells if sparse and prefers_cells(events, self.binning) else bin_batch
         return bins(events, indices, self.binning, augmentation, self.key)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gpn_triton import checkpoint, files
 from gpn_triton.layers import GPN
-from gpn_triton.model import SpikingClassifier
+from gpn_triton.model import NEURONS, SpikingClassifier
 from gpn_triton.predict import NUM_CHANNELS, TrainedRun, load_run
 
 # raised when what the files hold changes
@@ -116,7 +116,7 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
     checkpoint.save_weights(out / "model.safetensors", trained.model)
     checkpoint.write_json(out / "model.json", describe(trained))
     written = [out / "model.safetensors", out / "model.json"]
-    if trained.config.neuron.startswith("gpn"):
+    if NEURONS[trained.config.neuron].is_gpn:
         content = save(authors_weights(trained.model))
         files.write_atomically(out / "authors.safetensors", lambda file: file.write(content))
         written.append(out / "authors.safetensors")

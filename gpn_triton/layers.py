@@ -6,11 +6,15 @@ the state after the last step, as nn.LSTM does.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor, nn
 
 from gpn_triton import reference
+from gpn_triton.gpn_options import GPNOptions
 from gpn_triton.ops import gpn_packed
+from gpn_triton.spike_linear import PackedPair
 
 
 class GPN(nn.Module):
@@ -37,20 +41,9 @@ class GPN(nn.Module):
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
-        if variant not in reference.GATES:
-            raise ValueError(
-                f"variant: expected one of {', '.join(reference.GATES)}, got {variant!r}"
-            )
         self.hidden_size = hidden_size
-        self.variant = variant
+        self.options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
         self.reset_std = reset_std
-        self.options = {
-            "surrogate": surrogate,
-            "alpha": alpha,
-            "backend": backend,
-            "checkpoint_every": checkpoint_every,
-            "output": output,
-        }
         rows = len(reference.GATES[variant]) * hidden_size
         for name, shape in (
             ("weight_x", (rows, hidden_size)),
@@ -61,6 +54,11 @@ class GPN(nn.Module):
             self.register_parameter(name, parameter)
         self.reset_parameters()
 
+    @property
+    def variant(self) -> str:
+        """Which of the paper's neurons this is."""
+        return self.options.variant
+
     def reset_parameters(self) -> None:
         """Draw every weight from U(-k, k), k = 1 / sqrt(2 N)."""
         k = (2 * self.hidden_size) ** -0.5
@@ -68,29 +66,26 @@ class GPN(nn.Module):
             nn.init.uniform_(parameter, -k, k)
 
     def forward(
-        self,
-        x: Tensor,
-        v0: Tensor | None = None,
-        v_reset: Tensor | None = None,
-        packed: bool = False,
-    ) -> tuple[Tensor, ...]:
+        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
         Args:
             x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
             v_reset [B, N]: default: drawn in training, zeros in evaluation.
-            packed: return the packed spikes, too.
         Returns:
-            spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]; if packed, also bits
-            [ceil(T / 32), B, N] int32 or None, as ops.gpn_packed gives them.
+            spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]: a pair, which carries
+            the packed spikes that ops.gpn_packed gives, for the next layer's SpikeLinear.
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: expected [T, B, {self.hidden_size}], got {list(x.shape)}")
         if v_reset is None:
             v_reset = self.draw(x.shape[1], x)
         weights = self.weight_x, self.weight_v, self.bias
-        results = gpn_packed(x, *weights, v_reset, v0, self.variant, **self.options)
-        return results if packed else results[:2]
+        spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options)
+        pair = PackedPair(spikes, v_final)
+        pair.bits = bits
+        return pair
 
     def draw(self, batch: int, like: Tensor) -> Tensor | None:
         """A sequence's v_reset [batch, N] on like's device, float64 if `like` is, else float32;
@@ -131,8 +126,8 @@ class GPN(nn.Module):
         return torch.cat([self.weight_v, self.weight_x], 1).detach(), self.bias.detach().clone()
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
-        return f"{self.hidden_size}, variant={self.variant!r}, {options}"
+        options = ", ".join(f"{k}={v!r}" for k, v in asdict(self.options).items())
+        return f"{self.hidden_size}, {options}"
 
 
 class LIF(nn.Module):
@@ -203,3 +198,17 @@ class HeldDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class Convolution(nn.Module):
+    """Convolution over time (3 bins), batch norm and ReLU: the authors' CNN baseline."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.convolution = nn.Conv1d(inputs, outputs, 3, padding=1)
+        self.norm = nn.BatchNorm1d(outputs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [T, B, C] -> [T, B, N], None."""
+        y = self.norm(self.convolution(x.permute(1, 2, 0)))
+        return torch.relu(y).permute(2, 0, 1), None

@@ -3,25 +3,72 @@
 The readout is linear and the dropout mask is held over time, so the mean over time of the logits
 is the readout of the mean over time of the last layer's spikes: only that mean is computed. Between
 layers of GPN neither spikes nor spikes under their mask are held for backward: see spike_linear.
+
+NEURONS is the table of neurons: a new one is a row here, and a layer in a file of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gpn_triton.event_linear import Cells, event_linear
-from gpn_triton.layers import GPN, LIF, CubaLIF, HeldDropout
+from gpn_triton import cost
+from gpn_triton.event_linear import Cells
+from gpn_triton.gpn_options import GPNOptions, check_choice
+from gpn_triton.layers import GPN, LIF, Convolution, CubaLIF, HeldDropout
 from gpn_triton.reference import GATES
-from gpn_triton.spike_linear import spike_linear
+from gpn_triton.spike_linear import SpikeLinear, Spikes
 
-_GPN_VARIANTS = {"gpn" if v == "full" else f"gpn-{v}": v for v in GATES}
-_ANN = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
-NEURONS = (*_GPN_VARIANTS, "lif", "plif", "cuba-lif", *_ANN, "cnn")
+
+@dataclass(frozen=True)
+class Neuron:
+    """A row of the table of neurons.
+
+    build: makes a layer from its inputs, its neurons and GPN's options. The layer takes a current
+        [T, B, N] (and a state) and returns its output [T, B, N] and its state, as nn.LSTM does. If
+        it has a method draw(batch, like), it takes what that drew as v_reset.
+    work: what cost counts of it; None: nothing.
+    is_gpn: whether it is a variant of GPN, which takes the options and can be exported in the
+        authors' layout.
+    sparse_input: whether a SpikeLinear makes its current, so that a network's input may be Cells;
+        other layers have products of their own.
+    needs_time_bins: whether it sees all bins at once, so that their number is fixed.
+    """
+
+    build: Callable[[int, int, GPNOptions], nn.Module]
+    work: cost.Work | None = None
+    is_gpn: bool = False
+    sparse_input: bool = True
+    needs_time_bins: bool = False
+
+
+def _gpn(variant: str) -> Neuron:
+    def build(inputs: int, N: int, options: GPNOptions) -> nn.Module:
+        return GPN(N, *astuple(replace(options, variant=variant)))
+
+    return Neuron(build, cost.gated_spiking(len(GATES[variant])), is_gpn=True)
+
+
+def _twin(layer: type[nn.Module], gates: int) -> Neuron:
+    """A layer of torch that is no spiking neuron, of the same sizes."""
+    return Neuron(lambda inputs, N, _: layer(inputs, N), cost.gated(gates), sparse_input=False)
+
+
+NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for variant in GATES} | {
+    "lif": Neuron(lambda _, N, __: LIF(N), cost.LEAKY),
+    "plif": Neuron(lambda _, N, __: LIF(N, learn_tau=True), cost.LEAKY),
+    "cuba-lif": Neuron(lambda _, N, __: CubaLIF(N)),
+    "lstm": _twin(nn.LSTM, 4),
+    "gru": _twin(nn.GRU, 3),
+    "rnn": _twin(nn.RNN, 1),
+    "cnn": Neuron(
+        lambda inputs, N, _: Convolution(inputs, N), sparse_input=False, needs_time_bins=True
+    ),
+}
 READOUTS = ("mean", "last")
 
 
@@ -83,53 +130,26 @@ class SpikingClassifier(nn.Module):
         super().__init__()
         if not hidden or any(n < 1 for n in hidden):
             raise ValueError(f"hidden: expected one or more sizes of at least 1, got {hidden}")
-        if neuron not in NEURONS:
-            raise ValueError(f"neuron: expected one of {', '.join(NEURONS)}, got {neuron!r}")
-        if readout not in READOUTS:
-            raise ValueError(f"readout: expected one of {', '.join(READOUTS)}, got {readout!r}")
+        check_choice("neuron", neuron, NEURONS)
+        check_choice("readout", readout, READOUTS)
+        row = NEURONS[neuron]
+        if row.needs_time_bins and (time_bins is None or readout != "mean"):
+            raise ValueError(
+                f"time_bins: the {neuron}'s readout sees every bin: expected time_bins and readout "
+                f"'mean', got {time_bins} and {readout!r}"
+            )
+        options = GPNOptions("full", surrogate, alpha, backend, checkpoint_every)
         self.neuron = neuron
         self.hidden = tuple(hidden)
         self.readout = readout
-        self.backend = backend
-        sizes = [inputs, *hidden]
         self.inputs, self.neurons = nn.ModuleList(), nn.ModuleList()
-        for layer, (n_in, n) in enumerate(zip(sizes, hidden, strict=False), 1):
+        for layer, (n_in, n) in enumerate(zip([inputs, *hidden], hidden, strict=False), 1):
             feeds_mean = layer == len(hidden) and readout == "mean"
-            if neuron in _GPN_VARIANTS:
-                self.inputs.append(nn.Linear(n_in, n))
-                self.neurons.append(
-                    GPN(
-                        n,
-                        _GPN_VARIANTS[neuron],
-                        surrogate,
-                        alpha,
-                        backend,
-                        checkpoint_every,
-                        output="mean" if feeds_mean else "spikes",
-                    )
-                )
-            elif neuron in ("lif", "plif"):
-                self.inputs.append(nn.Linear(n_in, n))
-                self.neurons.append(LIF(n, learn_tau=neuron == "plif"))
-            elif neuron == "cuba-lif":
-                self.inputs.append(nn.Linear(n_in, n))
-                self.neurons.append(CubaLIF(n))
-            elif neuron == "cnn":
-                self.inputs.append(nn.Identity())
-                self.neurons.append(_Convolution(n_in, n))
-            else:
-                self.inputs.append(nn.Identity())
-                self.neurons.append(_ANN[neuron](n_in, n))
+            own = replace(options, output="mean") if feeds_mean else options
+            self.inputs.append(SpikeLinear(n_in, n, backend) if row.sparse_input else nn.Identity())
+            self.neurons.append(row.build(n_in, n, own))
         self.dropout = HeldDropout(dropout)
-        if neuron == "cnn":
-            if time_bins is None or readout != "mean":
-                raise ValueError(
-                    "time_bins: the cnn's readout sees every bin: expected time_bins and readout "
-                    f"'mean', got {time_bins} and {readout!r}"
-                )
-            self.output = nn.Linear(sizes[-1] * time_bins, classes)
-        else:
-            self.output = nn.Linear(sizes[-1], classes)
+        self.output = nn.Linear(hidden[-1] * (time_bins if row.needs_time_bins else 1), classes)
 
     def draw(self, batch: int) -> list[Draws]:
         """Make a batch's random draws: in training v_reset and the mask of held dropout.
@@ -141,9 +161,10 @@ class SpikingClassifier(nn.Module):
         Returns:
             of each hidden layer v_reset [B, N] and mask [B, N], in the parameters' dtype.
         """
-        like, draws = self.output.weight.detach(), []
+        like, draws = next(self.output.parameters()).detach(), []
         for neuron, N in zip(self.neurons, self.hidden, strict=True):
-            v_reset = neuron.draw(batch, like) if isinstance(neuron, GPN) else None
+            draw = getattr(neuron, "draw", None)
+            v_reset = None if draw is None else draw(batch, like)
             draws.append(Draws(v_reset, self.dropout.draw(batch, N, like)))
         return draws
 
@@ -162,29 +183,23 @@ class SpikingClassifier(nn.Module):
         """
         if draws is None:
             draws = self.draw(x.shape[1])
-        # of the layer before, where both go into the product of its spikes
-        bits, mask = None, None
         activity = []
         for linear, neuron, drawn in zip(self.inputs, self.neurons, draws, strict=True):
-            if isinstance(x, Cells):
-                x = event_linear(x, linear.weight, linear.bias)
-            elif bits is not None:
-                x = spike_linear(x, bits, mask, linear.weight, linear.bias, self.backend)
-            else:
-                x = linear(x)
-            if isinstance(neuron, GPN):
-                x, _, bits = neuron(x, v_reset=drawn.v_reset, packed=True)
-            else:
-                x, bits = neuron(x)[0], None
-            activity.append(x.detach().mean(dtype=torch.float32))
-            mask = drawn.mask
-            if bits is None or neuron is self.neurons[-1]:
-                x = self.dropout(x, mask)
-        if self.neuron == "cnn":
+            current = linear(x if isinstance(linear, SpikeLinear) else _dense(x))
+            drew = drawn.v_reset is not None
+            result = neuron(current, v_reset=drawn.v_reset) if drew else neuron(current)
+            x = Spikes(result[0], getattr(result, "bits", None), drawn.mask)
+            activity.append(x.values.detach().mean(dtype=torch.float32))
+        x = x.dense()
+        if NEURONS[self.neuron].needs_time_bins:
             x = x.permute(1, 2, 0).flatten(1)
         elif x.ndim == 3:
             x = x.mean(0) if self.readout == "mean" else x[-1]
-        return self.output(x), torch.stack(activity)
+        return self._logits(x, current.dtype), torch.stack(activity)
+
+    def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The readout of x, which is summed in float32, in a network that computes in dtype."""
+        return self.output(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
 
     def stream(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """Classify from the bins that have come so far; in evaluation mode only.
@@ -202,8 +217,8 @@ class SpikingClassifier(nn.Module):
             ValueError: a cnn, which sees all bins at once; training mode, whose noise belongs to a
                 whole sequence; x of another rank or batch than the state's.
         """
-        if self.neuron == "cnn":
-            raise ValueError("neuron: a cnn sees all bins at once and cannot stream")
+        if NEURONS[self.neuron].needs_time_bins:
+            raise ValueError(f"neuron: a {self.neuron} sees all bins at once and cannot stream")
         if self.training:
             raise ValueError("stream: expected evaluation mode, got training: call eval() first")
         if x.ndim != 3 or 0 in x.shape:
@@ -213,30 +228,25 @@ class SpikingClassifier(nn.Module):
         neurons, steps = [], len(x)
         before = (None,) * len(self.neurons) if state is None else state.neurons
         for linear, neuron, old in zip(self.inputs, self.neurons, before, strict=True):
-            x, new = neuron(linear(x), old)
+            current = linear(x)
+            x, new = neuron(current, old)
             neurons.append(new)
         if self.readout == "last":
             readout = x[-1]
+        elif x.ndim == 3:
+            # half types would stop counting at 256 or 2048
+            readout = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
         else:
             # GPN gives the mean over these bins of spikes: back to their whole number
-            readout = x.sum(0) if x.ndim == 3 else (x * steps).round()
+            readout = (x * steps).round()
         if state is not None:
             steps += state.steps
             if self.readout == "mean":
                 readout = readout + state.readout
-        logits = self.output(readout if self.readout == "last" else readout / steps)
+        logits = self._logits(readout if self.readout == "last" else readout / steps, current.dtype)
         return logits, StreamState(tuple(neurons), readout, steps)
 
 
-class _Convolution(nn.Module):
-    """Convolution over time (3 bins), batch norm and ReLU: the authors' CNN baseline."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.convolution = nn.Conv1d(inputs, outputs, 3, padding=1)
-        self.norm = nn.BatchNorm1d(outputs)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x [T, B, C] -> [T, B, N], None."""
-        y = self.norm(self.convolution(x.permute(1, 2, 0)))
-        return torch.relu(y).permute(2, 0, 1), None
+def _dense(x: Tensor | Cells | Spikes) -> Tensor:
+    """What a SpikeLinear takes, for any other module."""
+    return x if isinstance(x, Tensor) else x.dense()

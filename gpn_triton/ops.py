@@ -1,24 +1,23 @@
 """gpn(), gpn_packed(): the GPN recurrence as one differentiable operator, whatever computes it.
 
-Checks the arguments, applies the autocast policy, chooses the backend and registers the custom
+Checks the tensors, applies the autocast policy, chooses the backend and registers the custom
 operators gpn_triton::recurrence and gpn_triton::recurrence_backward with torch, so that autograd,
 torch.compile(fullgraph=True) and CUDA-graph capture see one node each. The only importer of the
-recurrence kernels; they are imported when first asked for.
+recurrence kernels, which it imports when they are first asked for.
 """
-
-import importlib.util
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpn_triton import device, recurrence_torch
-from gpn_triton.device import BACKENDS, choose_backend
+from gpn_triton.device import choose_backend
+from gpn_triton.explain import explain
+from gpn_triton.gpn_options import GPNOptions
 from gpn_triton.kernels.tiles import WORD
 from gpn_triton.reference import GATES
-from gpn_triton.surrogate import SURROGATES
 
-OUTPUTS = ("spikes", "mean")
+__all__ = ["GPNOptions", "explain", "gpn", "gpn_packed"]
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -66,28 +65,21 @@ def gpn(
         RuntimeError: the backend asked for cannot run here.
     Source: arXiv 2412.01087; reference.gpn_loop is the definition.
     """
-    arguments = (x, weight_x, weight_v, bias, v_reset, v0, variant, surrogate, alpha)
-    return gpn_packed(*arguments, backend, checkpoint_every, output)[:2]
+    options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
+    return gpn_packed(x, (weight_x, weight_v, bias), v_reset, v0, options)[:2]
 
 
 def gpn_packed(
     x: Tensor,
-    weight_x: Tensor | None,
-    weight_v: Tensor | None,
-    bias: Tensor | None,
-    v_reset: Tensor | None = None,
-    v0: Tensor | None = None,
-    variant: str = "full",
-    surrogate: str = "atan",
-    alpha: float = 2.0,
-    backend: str = "auto",
-    checkpoint_every: int | None = None,
-    output: str = "spikes",
+    weights: tuple[Tensor | None, Tensor | None, Tensor | None],
+    v_reset: Tensor | None,
+    v0: Tensor | None,
+    options: GPNOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """gpn() that also returns the packed spikes it holds for backward, for spike_linear to share.
 
     Args:
-        As gpn.
+        x, v_reset, v0: as gpn. weights: its weight_x, weight_v and bias. options: the rest.
     Returns:
         spikes (or their mean) and v_final as gpn; bits [ceil(T / 32), B, N] int32, not
         differentiable: bit t % 32 of word t // 32 is the spike at step t. None where nothing needs
@@ -99,28 +91,14 @@ def gpn_packed(
         raise ValueError(f"x: expected [T, B, N] with every size at least 1, got {list(x.shape)}")
     if x.dtype not in _FLOATS:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
-    for name, value, allowed in (
-        ("variant", variant, GATES),
-        ("surrogate", surrogate, SURROGATES),
-        ("backend", backend, BACKENDS),
-        ("output", output, OUTPUTS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-    if not alpha > 0:
-        raise ValueError(f"alpha: expected a number above 0, got {alpha!r}")
-    every = 1 if checkpoint_every is None else checkpoint_every
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"checkpoint_every: expected a whole number from 1 on, got {every!r}")
     _, B, N = x.shape
-    G = len(GATES[variant])
-    _check("weight_x", weight_x, [G * N, N] if G else None, x, variant)
-    _check("weight_v", weight_v, [G * N, N] if G else None, x, variant)
-    _check("bias", bias, [G * N] if G else None, x, variant)
-    if v_reset is not None:
-        _check("v_reset", v_reset, [B, N], x, variant)
-    if v0 is not None:
-        _check("v0", v0, [B, N], x, variant)
+    G = len(GATES[options.variant])
+    shapes = ([G * N, N], [G * N, N], [G * N]) if G else (None, None, None)
+    for name, weight, shape in zip(("weight_x", "weight_v", "bias"), weights, shapes, strict=True):
+        _check(name, weight, shape, x, options.variant)
+    for name, state in (("v_reset", v_reset), ("v0", v0)):
+        if state is not None:
+            _check(name, state, [B, N], x, options.variant)
 
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -129,14 +107,11 @@ def gpn_packed(
         v_reset = torch.zeros(B, N, dtype=state, device=x.device)
     v_reset = v_reset.detach().to(state)
     v0 = v_reset if v0 is None else v0.to(state)
-    weights = [w if w is None else w.to(state) for w in (weight_x, weight_v, bias)]
+    weights = [w if w is None else w.to(state) for w in weights]
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *weights, v0)
     )
-    out, v_final, _, bits = _recurrence(
-        x, *weights, v_reset, v0,
-        variant, surrogate, float(alpha), backend, every if needs_grad else 0, output == "mean",
-    )  # fmt: skip
+    out, v_final, _, bits = _recurrence(x, *weights, v_reset, v0, *options.flat(save=needs_grad))
     return out, v_final, bits if needs_grad else None
 
 
@@ -164,123 +139,6 @@ def _plan(x: Tensor, variant: str, every: int):
     limits = device.kernel_limits() if x.is_cuda else {}
     return tiles.choose(
         *x.shape, x.dtype, GATES[variant], every, device.float32_precision(), **limits
-    )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What explain() found; print it.
-
-    plan: tiles.Plan. kernels: offline.Report of each kernel, or None and why_not_compiled.
-    forward_gflop, backward_gflop: products only. forward_mib, backward_mib: read and written if
-    nothing stayed in a cache. saved_mib: kept from forward for backward: x, the saved membranes and
-    the spikes in one bit each (a spike_linear that follows holds nothing of [T, B, N] more).
-    workspace_mib: live within a call, whatever T.
-    """
-
-    target: str
-    plan: object
-    kernels: list | None
-    why_not_compiled: str
-    forward_gflop: float
-    backward_gflop: float
-    forward_mib: float
-    backward_mib: float
-    saved_mib: float
-    workspace_mib: float
-
-    def __str__(self) -> str:
-        plan = self.plan
-        measured = "measured" if plan.measured else "unmeasured: no GPU has timed this choice"
-        lines = [
-            f"{plan.strategy} on {self.target} ({measured})",
-            f"because: {plan.reason}",
-            f"forward {plan.forward}, {plan.forward_steps} steps a chunk,"
-            f" weight_x x {'ahead of the loop' if plan.hoist else 'in the step'}",
-            f"backward {plan.backward}, {plan.backward_steps} steps a chunk",
-            f"work: {self.forward_gflop:.3g} GFLOP forward, {self.backward_gflop:.3g} backward",
-            f"traffic: {self.forward_mib:.3g} MiB forward, {self.backward_mib:.3g} backward",
-            f"memory: {self.saved_mib:.3g} MiB saved, {self.workspace_mib:.3g} MiB of workspace",
-        ]
-        if self.kernels is None:
-            return "\n".join([*lines, f"registers and shared memory: {self.why_not_compiled}"])
-        for k in self.kernels:
-            lines.append(
-                f"{k.kernel}: {k.registers} registers, {k.shared_bytes / 1024:.3g} KiB shared,"
-                f" {k.num_warps} warps, {k.stack_bytes} bytes of stack"
-            )
-        return "\n".join(lines)
-
-
-def explain(
-    T: int,
-    B: int,
-    N: int,
-    dtype: torch.dtype = torch.float32,
-    variant: str = "full",
-    checkpoint_every: int | None = None,
-    output: str = "spikes",
-) -> Explanation:
-    """Say how the Triton kernels would run a layer, and what that costs; runs nothing.
-
-    For the current GPU if there is one, otherwise for an H200. Registers and shared memory are the
-    compiler's, which takes some seconds. Work and bytes are counted, not measured.
-
-    Args:
-        T, B, N: time bins, batch, neurons. dtype: of x, float32 or a half type (under autocast,
-            autocast's). variant, checkpoint_every, output: as for gpn.
-    Returns:
-        An Explanation; str() of it is the report.
-    Raises:
-        ValueError: a dtype the kernels do not take.
-        RuntimeError: triton is not installed.
-    """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("explain needs triton (it exists for Linux: pip install triton)")
-    from triton import knobs
-
-    from gpn_triton.kernels import offline, tiles
-
-    gates, every, mean = GATES[variant], checkpoint_every or 1, output == "mean"
-    target, capability, limits = "an H200, for want of a GPU", 90, {}
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        target, capability = torch.cuda.get_device_name(), major * 10 + minor
-        limits = device.kernel_limits()
-    plan = tiles.choose(T, B, N, dtype, gates, every, device.float32_precision(), **limits)
-    kernels, why_not = None, ""
-    if knobs.runtime.interpret:
-        why_not = "not compiled, since this process interprets kernels (TRITON_INTERPRET)"
-    else:
-        _, kernels = offline.compile_layer(
-            N, dtype, capability, gates, every=every, mean=mean, plan=plan
-        )
-
-    G, cells, size = len(gates), T * B * N, dtype.itemsize
-    product = 2 * cells * G * N  # one of [T B, N] with [G N, N]
-    s_bytes, bit_bytes = 0 if mean else cells * size, -(-T // WORD) * B * N * 4
-    v_bytes = cells / every * size
-    z_bytes = cells * G * size
-    backward_z = plan.backward_steps * B * N * size
-    return Explanation(
-        target,
-        plan,
-        kernels,
-        why_not,
-        forward_gflop=2 * product / 1e9,
-        # z again, the products with weight_v and weight_x, their gradients; replay: weight_v once
-        backward_gflop=(6 + (every > 1)) * product / 1e9,
-        # x once for the product and once in the step, z written and read
-        forward_mib=(2 * cells * size + s_bytes + bit_bytes + v_bytes + 2 * z_bytes * plan.hoist)
-        / 2**20,
-        # z is written, added to, read by two kernels, overwritten and read by four products; x, v,
-        # spikes, g_s, g_u, rest and g_x pass by in between
-        backward_mib=(9 * z_bytes + 12 * cells * size + s_bytes + bit_bytes + v_bytes) / 2**20,
-        saved_mib=(cells * size + bit_bytes + v_bytes) / 2**20,
-        # z, g_u, rest, g_x, and v where it is replayed
-        workspace_mib=backward_z * (G + 3 + (every > 1)) / 2**20,
     )
 
 
@@ -377,9 +235,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, g_out, g_v_final, _g_v_saved, _g_bits):
-    weights = ctx.saved_tensors[1:4]
-    g_x, *g_weights, g_v0 = _recurrence_backward(g_out, g_v_final, *ctx.saved_tensors, *ctx.options)
-    g_weights = [None if w is None else g for w, g in zip(weights, g_weights, strict=True)]
+    # read once: activation checkpointing computes anew what a second reading asks for, and refuses
+    saved = ctx.saved_tensors
+    g_x, *g_weights, g_v0 = _recurrence_backward(g_out, g_v_final, *saved, *ctx.options)
+    g_weights = [None if w is None else g for w, g in zip(saved[1:4], g_weights, strict=True)]
     return g_x, *g_weights, None, g_v0, *[None] * len(ctx.options)
 
 

@@ -25,6 +25,7 @@ from gpn_triton.device import ceilings, is_out_of_memory, peak_memory_mib
 from gpn_triton.distributed import World
 from gpn_triton.engine import Engine, NonFiniteError, means
 from gpn_triton.memory import advice
+from gpn_triton.model import NEURONS
 from gpn_triton.profile import StepProfile
 from gpn_triton.provenance import provenance
 from gpn_triton.trackers import Trackers
@@ -307,7 +308,7 @@ class Run:
         seconds = statistics.median(line["seconds"] for line in epochs)
         best = ceilings(self.device)
         floor = training_floor(
-            cfg.neuron, cfg.hidden, *network_sizes(cfg, self.splits), cfg.time_bins,
+            NEURONS[cfg.neuron].work, cfg.hidden, *network_sizes(cfg, self.splits), cfg.time_bins,
             -(-len(self.training) // self.world.size), cfg.amp, best,
         )  # fmt: skip
         result = {

@@ -1,22 +1,27 @@
-"""A linear layer on a GPN layer's spikes that holds them for backward in one bit each.
+"""Linear on the spikes of the layer before, which holds them for backward in one bit each.
 
     y[t, b]  = weight (mask[b] s[t, b]) + bias
     g_s      = (g_y weight) mask        g_weight = sum g_y (mask s)^T        g_bias = sum g_y
 
 F.linear(spikes * mask, weight, bias) would hold its operand [T, B, N] between forward and backward.
 The bits that the recurrence holds anyway (ops.gpn_packed) serve both: backward rebuilds the operand
-from them, one stretch of time after the other.
+from them, one stretch of time after the other. A layer's spikes travel to the next layer's Linear
+as Spikes: with their bits and with the mask of dropout, which only the Linear multiplies by.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpn_triton.device import BACKENDS, choose_backend
+from gpn_triton.event_linear import Cells, event_linear
+from gpn_triton.gpn_options import check_choice
 from gpn_triton.kernels.tiles import WORD
 from gpn_triton.recurrence_torch import unpack_spikes
 
@@ -26,9 +31,59 @@ from gpn_triton.recurrence_torch import unpack_spikes
 CHUNK_BYTES = {"cuda": 32 << 20, "cpu": 1 << 20}
 
 
+class Spikes(NamedTuple):
+    """What a hidden layer hands to the next one.
+
+    values [T, B, N] (or their mean over time, [B, N]): the layer's output. bits [ceil(T / 32), B,
+    N] int32: the same as packed spikes, or None. mask [B, N]: what the values are still to be
+    multiplied by at every step, or None.
+    """
+
+    values: Tensor
+    bits: Tensor | None = None
+    mask: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """values * mask, as any module reads them."""
+        return self.values if self.mask is None else self.values * self.mask.to(self.values.dtype)
+
+
+class PackedPair(namedtuple("Pair", ("spikes", "state"))):
+    """The pair that a layer returns, which also carries the spikes in one bit each.
+
+    Whoever unpacks or indexes it finds the pair alone. A hook that puts another pair in its place
+    drops the bits, which would not be those of the new spikes.
+    """
+
+    bits: Tensor | None = None
+
+
+class SpikeLinear(nn.Linear):
+    """nn.Linear for the current of a layer; it takes whatever comes before one.
+
+    Args:
+        in_features, out_features: as nn.Linear. backend: as spike_linear.
+    """
+
+    def __init__(self, in_features: int, out_features: int, backend: str = "auto"):
+        super().__init__(in_features, out_features)
+        check_choice("backend", backend, BACKENDS)
+        self.backend = backend
+
+    def forward(self, x: Tensor | Cells | Spikes) -> Tensor:
+        """x [T, B, in_features], dense, as events or as spikes -> [T, B, out_features]."""
+        if isinstance(x, Cells):
+            return event_linear(x, self.weight, self.bias)
+        if isinstance(x, Spikes):
+            if x.bits is not None:
+                return spike_linear(*x, self.weight, self.bias, self.backend)
+            x = x.dense()
+        return super().forward(x)
+
+
 def spike_linear(
     spikes: Tensor,
-    bits: Tensor | None,
+    bits: Tensor,
     mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
@@ -42,9 +97,7 @@ def spike_linear(
 
     Args:
         spikes [T, B, N] float: 0 or 1, from ops.gpn_packed.
-        bits [ceil(T / 32), B, N] int32: the same spikes as gpn_packed gave them. None: of spikes
-            that need no gradient; then this is F.linear, which holds its operand if weight needs
-            one.
+        bits [ceil(T / 32), B, N] int32: the same spikes as gpn_packed gave them.
         mask [B, N] float: what the spikes are multiplied by at every step (held dropout), not
             differentiated; None: ones.
         weight [M, N], bias [M] or None: float, of spikes' dtype unless autocast casts.
@@ -68,9 +121,7 @@ def spike_linear(
     ):
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"{name}: expected {shape}, got {list(tensor.shape)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if bits is not None and bits.dtype != torch.int32:
+    if bits.dtype != torch.int32:
         raise ValueError(f"bits: expected int32, got {bits.dtype}")
     kind = spikes.device.type
     if torch.is_autocast_enabled(kind) and spikes.dtype != torch.float64:
@@ -79,8 +130,6 @@ def spike_linear(
         raise ValueError(f"weight: expected spikes' dtype {spikes.dtype}, got {weight.dtype}")
     if mask is not None:
         mask = mask.detach().to(spikes.dtype)
-    if bits is None:
-        return F.linear(spikes if mask is None else spikes * mask, weight, bias)
     return _spike_linear(spikes, bits, mask, weight, bias, backend)
 
 

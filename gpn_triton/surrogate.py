@@ -22,29 +22,9 @@ class Surrogate(NamedTuple):
     derivative: Callable[[Tensor, float], Tensor]
 
 
-def _atan_value(u: Tensor, alpha: float) -> Tensor:
-    return torch.atan(math.pi / 2 * alpha * u) / math.pi + 0.5
-
-
-def _atan_derivative(u: Tensor, alpha: float) -> Tensor:
-    return alpha / 2 / (1 + (math.pi / 2 * alpha * u) ** 2)
-
-
-def _sigmoid_value(u: Tensor, alpha: float) -> Tensor:
-    return torch.sigmoid(alpha * u)
-
-
 def _sigmoid_derivative(u: Tensor, alpha: float) -> Tensor:
     p = torch.sigmoid(alpha * u)
     return alpha * p * (1 - p)
-
-
-def _fast_sigmoid_value(u: Tensor, alpha: float) -> Tensor:
-    return 0.5 + 0.5 * alpha * u / (1 + alpha * u.abs())
-
-
-def _fast_sigmoid_derivative(u: Tensor, alpha: float) -> Tensor:
-    return alpha / 2 / (1 + alpha * u.abs()) ** 2
 
 
 def _triangle_value(u: Tensor, alpha: float) -> Tensor:
@@ -52,16 +32,20 @@ def _triangle_value(u: Tensor, alpha: float) -> Tensor:
     return 0.5 + w - 0.5 * w * w.abs()
 
 
-def _triangle_derivative(u: Tensor, alpha: float) -> Tensor:
-    return alpha / 2 * (1 - (alpha / 2 * u).abs()).clamp(min=0)
-
-
 # atan is the paper's (alpha = 2); fast-sigmoid is SuperSpike's (Zenke and Ganguli 2018)
 SURROGATES: dict[str, Surrogate] = {
-    "atan": Surrogate(_atan_value, _atan_derivative),
-    "sigmoid": Surrogate(_sigmoid_value, _sigmoid_derivative),
-    "fast-sigmoid": Surrogate(_fast_sigmoid_value, _fast_sigmoid_derivative),
-    "triangle": Surrogate(_triangle_value, _triangle_derivative),
+    "atan": Surrogate(
+        lambda u, alpha: torch.atan(math.pi / 2 * alpha * u) / math.pi + 0.5,
+        lambda u, alpha: alpha / 2 / (1 + (math.pi / 2 * alpha * u) ** 2),
+    ),
+    "sigmoid": Surrogate(lambda u, alpha: torch.sigmoid(alpha * u), _sigmoid_derivative),
+    "fast-sigmoid": Surrogate(
+        lambda u, alpha: 0.5 + 0.5 * alpha * u / (1 + alpha * u.abs()),
+        lambda u, alpha: alpha / 2 / (1 + alpha * u.abs()) ** 2,
+    ),
+    "triangle": Surrogate(
+        _triangle_value, lambda u, alpha: alpha / 2 * (1 - (alpha / 2 * u).abs()).clamp(min=0)
+    ),
 }
 
 

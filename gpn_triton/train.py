@@ -26,6 +26,7 @@ from gpn_triton.data.feed import make_feed
 from gpn_triton.device import choose_device, is_out_of_memory, triton_unavailable
 from gpn_triton.distributed import World
 from gpn_triton.engine import Engine, NonFiniteError
+from gpn_triton.model import NEURONS
 from gpn_triton.run import Run
 
 # data are split with this seed whatever the training seed, so that seeds compare like with like
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(cfg: TrainConfig) -> int:
     device = choose_device(cfg.device)
-    if cfg.backend == "triton" and cfg.neuron.startswith("gpn"):
+    if cfg.backend == "triton" and NEURONS[cfg.neuron].is_gpn:
         reason = triton_unavailable(torch.empty(1, device=device))
         if reason:
             raise ValueError(f"backend: triton cannot run: {reason}")

@@ -12,30 +12,33 @@ from gpn_triton.model import NEURONS
 CPU = torch.device("cpu")
 SHD, SSC = ([128], 20), ([512, 256, 128], 35)
 H200 = machine.Ceilings(790e12, 4.3e12, "stated")
+GPN = NEURONS["gpn"].work
+COUNTED = [name for name, row in NEURONS.items() if row.work is not None]
 
 
 def test_counts_of_the_paper_s_networks_are_the_design_s():
     for (hidden, classes), forward, training in ((SHD, 0.446, 1.29), (SSC, 6.56, 21.7)):
         for backward, expected in ((False, forward), (True, training)):
-            count = cost.network("gpn", hidden, 700, classes, backward)
+            count = cost.network(GPN, hidden, 700, classes, backward)
             assert count.flops / 1e6 == pytest.approx(expected, rel=2e-3)
     # the serial share of a step without the recomputed gates: 23 to 29 %
     for (hidden, classes), recomputed, share in ((SHD, 0.131, 0.226), (SSC, 2.75, 0.290)):
-        count = cost.network("gpn", hidden, 700, classes, True)
+        count = cost.network(GPN, hidden, 700, classes, True)
         rest = count.flops / 1e6 - recomputed
         assert count.serial_flops / 1e6 / rest == pytest.approx(share, abs=2e-3)
 
 
 def test_floors_of_an_epoch_on_an_H200_are_the_design_s():
-    shd = cost.network("gpn", SHD[0], 700, SHD[1], True) * (8156 * 100)
+    shd = cost.network(GPN, SHD[0], 700, SHD[1], True) * (8156 * 100)
     assert cost.floor_seconds(shd, H200) == pytest.approx(2.5e-3, rel=0.06)
     for T, expected in ((50, 0.104), (100, 0.207), (250, 0.519)):
-        ssc = cost.network("gpn", SSC[0], 700, SSC[1], True) * (75466 * T)
+        ssc = cost.network(GPN, SSC[0], 700, SSC[1], True) * (75466 * T)
         assert cost.floor_seconds(ssc, H200) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["gpn", "lstm", "gru", "lif"])
 def test_counts_add_up_over_layers_and_scale_with_samples(kind):
+    kind = NEURONS[kind].work
     two = cost.network(kind, [32, 16], 70, 5, True)
     parts = (
         cost.layer(kind, 32, 70, True, False)
@@ -47,47 +50,42 @@ def test_counts_add_up_over_layers_and_scale_with_samples(kind):
 
 
 def test_every_neuron_is_counted_but_the_two_that_have_no_floor():
-    assert set(cost.COUNTED) == set(NEURONS) - {"cuba-lif", "cnn"}
-    for neuron in NEURONS:
-        floor = cost.training_floor(neuron, [8], 12, 3, 5, 7, None, H200)
-        assert (floor is None) == (neuron not in cost.COUNTED), neuron
-    with pytest.raises(ValueError, match="kind: expected one of gpn, .*, got 'cnn'"):
-        cost.network("cnn", [8], 12, 3, True)
+    assert set(COUNTED) == set(NEURONS) - {"cuba-lif", "cnn"}
+    for name, row in NEURONS.items():
+        floor = cost.training_floor(row.work, [8], 12, 3, 5, 7, None, H200)
+        assert (floor is None) == (name not in COUNTED), name
 
 
-@pytest.mark.parametrize("neuron", cost.COUNTED)
+@pytest.mark.parametrize("neuron", COUNTED)
 def test_products_are_those_of_the_weights_a_network_has(neuron):
     C, classes = 12, 3
     cfg = TrainConfig(hidden=(8, 4), neuron=neuron)
     model = build_model(cfg, C, classes)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    forward = cost.network(neuron, cfg.hidden, C, classes, False)
+    work = NEURONS[neuron].work
+    forward = cost.network(work, cfg.hidden, C, classes, False)
     # every weight multiplies once a step
     assert forward.flops == 2 * matrices
     # and twice more backward; the network's input gets no gradient, and GPN takes its z again
     linear = getattr(model.inputs[0], "weight", None)
     first = model.neurons[0].weight_ih_l0 if linear is None else linear
     again = sum(p.numel() for name, p in model.named_parameters() if name.endswith("weight_v"))
-    both = cost.network(neuron, cfg.hidden, C, classes, True)
+    both = cost.network(work, cfg.hidden, C, classes, True)
     assert both.flops == 2 * (3 * matrices - first.numel() + again)
 
 
 def test_variants_move_less_the_fewer_gates_they_have():
-    moved = {kind: cost.neuron(kind, 16, True).bytes for kind in cost.GPN_GATES}
-    gates = cost.GPN_GATES
-    assert gates["gpn"] == 4 and gates["gpn-no-i"] == 3 and gates["gpn-no-fi"] == 2
-    for a in gates:
-        for b in gates:
-            assert (moved[a] < moved[b]) == (gates[a] < gates[b]), (a, b)
+    moved = [cost.neuron(cost.gated_spiking(G), 16, True).bytes for G in range(5)]
+    assert moved == sorted(set(moved))
     # without gates x is written and read by the step, which writes v and spike; backward reads x, v
     # and gradient, writes g_x, which the input Linear reads; a spike held for backward is one bit
-    assert moved["gpn-no-fitb"] == 2 * 16 * 9
-    assert cost.neuron("gpn", 16, True).bytes == 2 * 16 * (14 + 7 * 4)
+    assert moved[0] == 2 * 16 * 9
+    assert moved[4] == 2 * 16 * (14 + 7 * 4)
 
 
 def test_training_floor_is_the_design_s_for_an_epoch_and_grows_with_samples():
     def floor(samples, amp):
-        return cost.training_floor("gpn", SSC[0], 700, SSC[1], 50, samples, amp, H200)
+        return cost.training_floor(GPN, SSC[0], 700, SSC[1], 50, samples, amp, H200)
 
     assert floor(75466, "bf16") == pytest.approx(0.104, rel=0.01)
     assert floor(2 * 75466, "bf16") == pytest.approx(2 * floor(75466, "bf16"))

@@ -264,17 +264,3 @@ def test_float64_is_refused_with_the_reason():
 
 def test_auto_on_the_cpu_is_torch():
     assert machine.choose_backend("auto", torch.zeros(1)) == "torch"
-
-
-def test_explain_names_strategy_reason_and_cost():
-    small, large = ops.explain(100, 256, 128, torch.bfloat16), ops.explain(50, 256, 512)
-    assert small.plan.strategy == "persistent" and large.plan.strategy == "stepwise"
-    assert not small.plan.measured and "unmeasured" in str(small)
-    # 2 products forward, 6 backward, of [T B, N] with [4 N, N]
-    assert small.forward_gflop == pytest.approx(2 * 2 * 100 * 256 * 4 * 128**2 / 1e9)
-    assert small.backward_gflop == pytest.approx(3 * small.forward_gflop)
-    # x and v in two bytes, spikes in 4 words of 32 steps
-    assert small.saved_mib == pytest.approx((2 * 100 * 2 + 4 * 4) * 256 * 128 / 2**20)
-    for dtype in (torch.float64, torch.int32):
-        with pytest.raises(ValueError, match="dtype"):
-            ops.explain(1, 1, 1, dtype)

@@ -1,9 +1,16 @@
-"""Layers and networks: shapes, the paper's sizes, held dropout, the authors' weight layout."""
+"""Layers and networks: the paper's sizes, held dropout, the way of spikes between layers."""
+
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from gpn_triton import GPN, SpikingClassifier
+from gpn_triton.event_linear import Cells
 from gpn_triton.layers import LIF, CubaLIF, HeldDropout
 from gpn_triton.model import NEURONS
 
@@ -38,9 +45,9 @@ def test_mean_readout_is_the_mean_of_the_logits():
     torch.manual_seed(1)
     model = SpikingClassifier([16], inputs=9, classes=4).eval().double()
     x = torch.poisson(torch.full((11, 3, 9), 1.0)).double()
-    spikes, _ = GPN.forward(model.neurons[0], model.inputs[0](x))
-    assert spikes.shape == (3, 16)  # the mean alone
-    model.neurons[0].options["output"] = "spikes"
+    layer = model.neurons[0]
+    assert layer(model.inputs[0](x))[0].shape == (3, 16)  # the mean alone
+    layer.options = replace(layer.options, output="spikes")
     spikes, _ = model.neurons[0](model.inputs[0](x))
     torch.testing.assert_close(model(x)[0], model.output(spikes).mean(0), rtol=1e-12, atol=1e-12)
 
@@ -158,6 +165,136 @@ def test_network_holds_two_floats_and_a_bit_a_neuron_and_step(amp):
     # the input, x and v of every neuron; and a word of spikes
     sequence = element * (C + 2 * sum(hidden)) * 64 * B + 4 * sum(hidden) * 2 * B
     assert held(128) - held(64) == sequence
+
+
+def network(**options):
+    """A network of three hidden layers, counts for it, and a loss that every weight changes."""
+    torch.manual_seed(0)
+    model = SpikingClassifier([16, 12, 8], inputs=9, classes=4, **options)
+    x = torch.poisson(torch.full((37, 5, 9), 1.0))
+
+    def loss():
+        return (model(x)[0] * torch.arange(4)).sum()
+
+    return model, x, loss
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_every_layer_fire_and_a_changed_output_is_what_goes_on(training):
+    model, x, loss = network(dropout=0.0)
+    model.train(training)
+    seen = []
+    for layer in [*model.inputs, *model.neurons]:
+        layer.register_forward_hook(lambda m, inputs, out: seen.append(m))
+    loss().backward()
+    assert len(seen) == 6
+    # silenced spikes leave the next Linear its bias, and its weight no gradient
+    model.neurons[0].register_forward_hook(lambda m, inputs, out: (0 * out[0], out[1]))
+    currents = []
+    model.inputs[1].register_forward_hook(lambda m, inputs, out: currents.append(out))
+    model.zero_grad()
+    loss().backward()
+    linear = model.inputs[1]
+    assert torch.equal(currents[0], linear.bias.expand_as(currents[0]))
+    assert not linear.weight.grad.any() and linear.bias.grad.any()
+
+
+class Adapter(nn.Module):
+    """A Linear with a low-rank addition, as LoRA puts in its place."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x):
+        assert type(x) is torch.Tensor
+        return self.linear(x) + self.up(self.down(x))
+
+
+def plain_linear(linear):
+    plain = nn.Linear(linear.in_features, linear.out_features)
+    plain.load_state_dict(linear.state_dict())
+    return plain
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_another_module_in_a_linear_s_place_gets_dense_spikes_and_trains(place):
+    model, x, _ = network(dropout=0.3)
+    draws = model.draw(5)
+    expected = model(x, draws)[0]
+    model.inputs[place] = plain_linear(model.inputs[place])
+    assert torch.equal(model(x, draws)[0], expected)
+    model.inputs[place] = adapter = Adapter(model.inputs[place])
+    nn.init.zeros_(adapter.up.weight)
+    assert torch.equal(model(x, draws)[0], expected)
+    (model(x, draws)[0] * torch.arange(4)).sum().backward()
+    assert adapter.up.weight.grad.any() and adapter.linear.weight.grad.any()
+    cell = torch.arange(x.numel()).repeat_interleave(x.flatten().long())
+    assert torch.equal(model(Cells.from_cells(cell, x.shape), draws)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.weight_norm,
+    ],
+)
+def test_pruned_and_normalised_weights_train_step_after_step(change):
+    model, x, loss = network(dropout=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for linear in model.inputs:
+            change(linear)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_network_compiles_without_graph_breaks_and_agrees():
+    model, x, _ = network(dropout=0.3)
+    draws = model.draw(5)
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        logits = forward(x, draws)[0]
+        (logits * torch.arange(4)).sum().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_network_recomputed_in_backward_has_the_same_gradients():
+    model, x, _ = network(dropout=0.3)
+    draws, results = model.draw(5), []
+    for run in (model, lambda *inputs: checkpoint(model, *inputs, use_reentrant=False)):
+        model.zero_grad()
+        (run(x, draws)[0] * torch.arange(4)).sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("readout", ["mean", "last"])
+@pytest.mark.parametrize("neuron", ["gpn", "lif", "gru"])
+def test_a_network_in_a_half_type_classifies_trains_and_streams(neuron, readout, dtype):
+    model, x, _ = network(neuron=neuron, readout=readout)
+    model, x = model.to(dtype), x.to(dtype)
+    logits, _ = model(x)
+    assert logits.dtype == dtype
+    logits.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    _, state = model.stream(x[:20])
+    streamed, _ = model.stream(x[20:], state)
+    assert streamed.dtype == dtype
+    torch.testing.assert_close(streamed, model(x)[0], rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("variant", ["full", "no-fi", "no-t"])

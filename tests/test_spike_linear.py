@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpn_triton import ops
 from gpn_triton import spike_linear as module
-from gpn_triton.ops import gpn_packed
+from gpn_triton.gpn_options import GPNOptions
+from gpn_triton.ops import gpn, gpn_packed
 from gpn_triton.recurrence_torch import unpack_spikes
-from gpn_triton.spike_linear import spike_linear
+from gpn_triton.spike_linear import SpikeLinear, Spikes, spike_linear
 
 # share of the largest gradient: sums of up to 350 terms in another order; bfloat16 rounds weights,
 # cotangents and every chunk's sum to 2^-9
@@ -73,8 +73,7 @@ def test_half_gradients_are_summed_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("with_bits", [False, True])
-def test_autocast_casts_as_the_dense_product_does(dtype, with_bits):
+def test_autocast_casts_as_the_dense_product_does(dtype):
     spikes, bits, mask, weight, bias = case(40)
     g_y = torch.randn(40, 5, 7).to(dtype)
 
@@ -83,7 +82,7 @@ def test_autocast_casts_as_the_dense_product_does(dtype, with_bits):
             return values_and_gradients(linear, (spikes, weight, bias), g_y)
 
     expected = run(lambda s, w, b: F.linear(s * mask, w, b))
-    got = run(lambda s, w, b: spike_linear(s, bits if with_bits else None, mask, w, b))
+    got = run(lambda s, w, b: spike_linear(s, bits, mask, w, b))
     assert got[0].dtype == dtype and got[2].dtype == torch.float32
     assert torch.equal(got[0], expected[0])
     check(got, expected, 1e-2)
@@ -112,91 +111,33 @@ def test_operator_passes_opcheck(masked, with_bias):
     torch.library.opcheck(module._spike_linear, arguments)
 
 
-def two_layers(T=70, B=3, N=16, M=8):
-    """Leaves of two GPN layers with a linear layer between, and a function of them."""
-    shapes = [(T, B, N), (4 * N, N), (4 * N, N), (4 * N,), (M, N), (M,)]
-    shapes += [(4 * M, M), (4 * M, M), (4 * M,)]
-    leaves = [torch.randn(s).requires_grad_() for s in shapes]
-    mask = F.dropout(torch.ones(B, N), 0.5)
-
-    def packed(x, wx, wv, b, weight, bias, *second):
-        spikes, _, bits = gpn_packed(2 * x, wx, wv, b)
-        return gpn_packed(spike_linear(spikes, bits, mask, weight, bias), *second)[0]
-
-    def dense(x, wx, wv, b, weight, bias, *second):
-        spikes = gpn_packed(2 * x, wx, wv, b)[0]
-        return gpn_packed(F.linear(spikes * mask, weight, bias), *second)[0]
-
-    return leaves, packed, dense
-
-
-def test_two_layers_train_as_with_the_dense_product():
-    leaves, *functions = two_layers()
-    g_out = torch.randn(70, 3, 8)
-    got, expected = (values_and_gradients(f, leaves, g_out) for f in functions)
-    assert torch.equal(got[0], expected[0]) and 0.02 < got[0].mean() < 0.98
-    check(got, expected, 1e-5)
-
-
-def test_compiles_without_graph_breaks_and_agrees():
-    leaves, packed, _ = two_layers(T=34)
-    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
-    g_out = torch.randn(34, 3, 8)
-    got, expected = (values_and_gradients(f, leaves, g_out) for f in (compiled, packed))
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.mark.parametrize("amp", [False, True])
-def test_nothing_of_the_sequence_is_held_but_x_v_and_bits(amp):
-    T, B, N, M = 70, 3, 16, 8
-    leaves, packed, dense = two_layers(T, B, N, M)
-    held = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def bytes_held(function):
-        held.clear()
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-            torch.autocast("cpu", torch.bfloat16, enabled=amp),
-        ):
-            out = function(*leaves)
-        for leaf in leaves[1:]:
-            held.pop(leaf.untyped_storage().data_ptr(), None)
-        return sum(held.values()), out
-
-    element = 2 if amp else 4
-    words = 3 * 4 * B * (N + M)
-    sequences = 2 * element * T * B * (N + M)
-    # v_reset of each layer, and the mask
-    rows = 4 * B * (N + M) + element * B * N
-    total, out = bytes_held(packed)
-    assert total == sequences + words + rows
-    out.sum().backward()
-    # the dense product holds its operand besides, but not the mask in a half type alone
-    assert bytes_held(dense)[0] >= total + element * T * B * N - rows
-
-
 def test_bits_need_no_gradient_and_are_none_where_nothing_does():
-    leaves, *_ = two_layers(T=33)
-    spikes, v_final, bits = gpn_packed(*leaves[:4])
+    x, *weights = (
+        torch.randn(s).requires_grad_() for s in ((33, 3, 16), (64, 16), (64, 16), (64,))
+    )
+    arguments = x, tuple(weights), None, None, GPNOptions()
+    spikes, v_final, bits = gpn_packed(*arguments)
     assert spikes.requires_grad and v_final.requires_grad and not bits.requires_grad
     assert torch.equal(unpack_spikes(bits, 0, 33, spikes.dtype), spikes)
     with torch.no_grad():
-        assert gpn_packed(*leaves[:4])[2] is None
-    first, second = ops.gpn(*leaves[:4])
+        assert gpn_packed(*arguments)[2] is None
+    first, second = gpn(x, *weights)
     assert torch.equal(first, spikes) and torch.equal(second, v_final)
 
 
-def test_without_bits_it_is_the_dense_product():
-    spikes, _, mask, weight, bias = case(5)
-    y = spike_linear(spikes, None, mask, weight.requires_grad_(), bias)
-    assert torch.equal(y, F.linear(spikes * mask, weight, bias))
-    y.sum().backward()
-    torch.testing.assert_close(weight.grad, (spikes * mask).sum((0, 1)).expand(7, -1))
+def test_the_layer_takes_spikes_with_and_without_bits_and_plain_tensors():
+    spikes, bits, mask, *_ = case(33)
+    layer = SpikeLinear(13, 7)
+    operand = spikes * mask
+    results = []
+    for x in (operand, Spikes(operand), Spikes(spikes, None, mask), Spikes(spikes, bits, mask)):
+        layer.zero_grad()
+        y = layer(x)
+        (y * torch.arange(7)).sum().backward()
+        results.append([y.detach(), layer.weight.grad, layer.bias.grad])
+    for got in results[1:]:
+        assert torch.equal(got[0], results[0][0])
+        check(got, results[0], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +149,6 @@ def test_without_bits_it_is_the_dense_product():
         ({"mask": torch.ones(13)}, r"mask: expected \[5, 13\], got \[13\]"),
         ({"bias": torch.zeros(3)}, r"bias: expected \[7\], got \[3\]"),
         ({"weight": torch.zeros(7, 13).double()}, "weight: expected spikes' dtype torch.float32"),
-        ({"backend": "cuda"}, "backend: expected one of auto.*got 'cuda'"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -18,6 +18,7 @@ from gpn_triton import device as machine
 from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore, load_splits, write_events
 from gpn_triton.data.feed import Feed
+from gpn_triton.model import NEURONS
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -382,7 +383,9 @@ def test_results_hold_throughput_and_the_share_of_the_floor(files):
     assert train.main([*files, *SMALL, "--epochs", "2"]) == 0
     result = json.loads((only_run(files[-1]) / "result.json").read_text())
     # 44 samples of 6 steps
-    floor = cost.training_floor("gpn", [8], 700, 2, 6, 44, None, machine.ceilings(CPU))
+    floor = cost.training_floor(
+        NEURONS["gpn"].work, [8], 700, 2, 6, 44, None, machine.ceilings(CPU)
+    )
     assert result["floor_seconds_per_epoch"] == pytest.approx(floor)
     assert result["fraction_of_floor"] == pytest.approx(floor / result["seconds_per_epoch"])
     assert result["samples_per_second"] == pytest.approx(44 / result["seconds_per_epoch"])

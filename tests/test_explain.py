@@ -1,0 +1,64 @@
+"""explain(): its numbers are cost's, and it says which GPU it describes."""
+
+import pytest
+import torch
+
+from gpn_triton import cost, explain, ops
+from gpn_triton.model import NEURONS
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """explain without the seconds that the compiler takes."""
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpn", "gpn-no-i", "gpn-no-fitb"])
+def test_work_and_traffic_are_what_cost_counts(quick, name, dtype):
+    T, B, N = 100, 24, 96
+    found = ops.explain(
+        T, B, N, dtype, variant=name.removeprefix("gpn-") if "-" in name else "full"
+    )
+    forward, both = (
+        cost.layer(NEURONS[name].work, N, None, backward, False, dtype.itemsize) * (T * B)
+        for backward in (False, True)
+    )
+    backward = found.forward_gflop + found.backward_gflop, found.forward_mib + found.backward_mib
+    assert (found.forward_gflop * 1e9, found.forward_mib * 2**20) == (forward.flops, forward.bytes)
+    assert backward == pytest.approx((both.flops / 1e9, both.bytes / 2**20))
+
+
+def test_strategy_reason_and_memory_are_named(quick):
+    small, large = ops.explain(100, 256, 128, torch.bfloat16), ops.explain(50, 256, 512)
+    assert small.plan.strategy == "persistent" and large.plan.strategy == "stepwise"
+    assert not small.plan.measured and "unmeasured" in str(small)
+    # x and v in two bytes, spikes in 4 words of 32 steps
+    assert small.saved_mib == pytest.approx((2 * 100 * 2 + 4 * 4) * 256 * 128 / 2**20)
+    tenth = ops.explain(100, 256, 128, torch.bfloat16, checkpoint_every=10)
+    assert tenth.saved_mib == pytest.approx((2 * 110 + 4 * 4) * 256 * 128 / 2**20)
+
+
+def test_without_a_gpu_it_says_first_that_it_describes_another(quick, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = ops.explain(10, 4, 16)
+    assert not found.here
+    assert str(found).startswith("there is no GPU here") and "H200" in str(found).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variant": "nope"}, "variant: expected one of full.*got 'nope'"),
+        ({"output": "sum"}, "output: expected one of spikes, mean"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected a whole number"),
+        ({"dtype": torch.float64}, "dtype: expected float32, float16 or bfloat16"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        explain.explain(1, 1, 1, **change)
