@@ -24,11 +24,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stores import make_store
 
 from gpn_triton import config, export, predict, train
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import EventStore, hdf5, read_events, write_events
+from gpn_triton.data import hdf5
+from gpn_triton.data.events import EventStore
+from gpn_triton.data.hdf5 import read_events, write_events
+from tests.stores import make_store
 
 SECONDS = 60
 # so that a length of many gigabytes is refused here, too, and not the machine exhausted
