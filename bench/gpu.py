@@ -43,7 +43,7 @@ from bench.subjects import Problem, Unavailable, Wrong
 from gpn_triton import cost, gpn, ops
 from gpn_triton import device as machine
 from gpn_triton.checkpoint import write_json
-from gpn_triton.data import DeviceEvents, EventStore
+from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
 from gpn_triton.data.synthetic import synthetic_splits
 from gpn_triton.graphs import WARM_RUNS

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import Augmentation, BinningConfig, Splits
+from gpn_triton.data.augmentation import Augmentation
+from gpn_triton.data.binning import BinningConfig
+from gpn_triton.data.datasets import Splits
 from gpn_triton.model import SpikingClassifier
 
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +56,8 @@ def build_augmentation(cfg: TrainConfig) -> Augmentation | None:
 
 def network_sizes(cfg: TrainConfig, splits: Splits) -> tuple[int, int]:
     """Input channels, once binned, and classes."""
-    return -(-splits.train.num_channels // cfg.channel_bin), len(splits.train.class_names)
+    columns = build_binning(cfg).columns(splits.train.num_channels)
+    return columns, len(splits.train.class_names)
 
 
 def build_network(cfg: TrainConfig, splits: Splits) -> SpikingClassifier:

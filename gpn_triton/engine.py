@@ -12,13 +12,9 @@ from torch.nn import functional as F
 
 from gpn_triton.build import AMP, build_augmentation, build_binning
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import (
-    Augmentation,
-    DeviceEvents,
-    bin_batch,
-    bin_cells,
-    prefers_cells,
-)
+from gpn_triton.data.augmentation import Augmentation
+from gpn_triton.data.binning import batch_input
+from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
 from gpn_triton.device import is_out_of_memory
 from gpn_triton.distributed import World
@@ -109,10 +105,9 @@ class Engine:
     def _input(
         self, events: DeviceEvents, indices: Tensor, augmentation: Augmentation | None
     ) -> Tensor | Cells:
-        """Samples as counts, or as a list of events where a Linear reads few of them on a CPU."""
+        """Samples in the form that the network takes soonest."""
         sparse = self.amp is None and NEURONS[self.cfg.neuron].sparse_input
-        bins = bin_cells if sparse and prefers_cells(events, self.binning) else bin_batch
-        return bins(events, indices, self.binning, augmentation, self.key)
+        return batch_input(events, indices, self.binning, augmentation, self.key, sparse)
 
     def start_epoch(self, feed: Feed, seed: int, epoch: int, step: int = 0) -> None:
         """Make ready for an epoch's training steps, each on the next samples of a random order.

@@ -31,6 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gpn_triton import checkpoint, files
+from gpn_triton.build import build_binning
 from gpn_triton.layers import GPN
 from gpn_triton.model import NEURONS, SpikingClassifier
 from gpn_triton.predict import NUM_CHANNELS, TrainedRun, load_run
@@ -47,7 +48,7 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
     Returns:
         format; network: the arguments of SpikingClassifier; class_names; binning: how events become
         its input [time_bins, B, inputs]: num_channels, channel_bin (channels summed into one),
-        max_time (seconds), overflow and style, as data.BinningConfig.
+        max_time (seconds), overflow and style, as data.binning.BinningConfig.
     """
     cfg = trained.config
     return {
@@ -55,7 +56,7 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
         "network": {
             "hidden": list(cfg.hidden),
             "neuron": cfg.neuron,
-            "inputs": -(-NUM_CHANNELS // cfg.channel_bin),
+            "inputs": build_binning(cfg).columns(NUM_CHANNELS),
             "classes": len(trained.class_names),
             "dropout": cfg.dropout,
             "readout": cfg.readout,

@@ -22,7 +22,9 @@ from torch import Tensor
 from gpn_triton import checkpoint, config, files
 from gpn_triton.build import build_binning, build_model
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import DeviceEvents, EventStore, bin_batch, read_events
+from gpn_triton.data.binning import bin_batch
+from gpn_triton.data.events import DeviceEvents, EventStore
+from gpn_triton.data.hdf5 import read_events
 from gpn_triton.device import choose_device
 from gpn_triton.model import SpikingClassifier
 
@@ -71,7 +73,7 @@ def load_run(run: str | Path) -> TrainedRun:
         raise ValueError(f"weights: {weights} cannot be read: {error}") from None
     # what is computed is the same with every backend
     cfg = dataclasses.replace(cfg, backend="torch")
-    model = build_model(cfg, -(-NUM_CHANNELS // cfg.channel_bin), classes)
+    model = build_model(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
     checkpoint.load_weights(weights, model)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():

@@ -19,7 +19,8 @@ from gpn_triton.build import build_network, network_sizes
 from gpn_triton.config import TrainConfig
 from gpn_triton.cost import training_floor
 from gpn_triton.curves import draw_curves
-from gpn_triton.data import EventStore, Splits
+from gpn_triton.data.datasets import Splits
+from gpn_triton.data.events import EventStore
 from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
 from gpn_triton.device import ceilings, is_out_of_memory, peak_memory_mib
 from gpn_triton.distributed import World

@@ -21,7 +21,7 @@ import torch
 from gpn_triton import checkpoint, config
 from gpn_triton.build import build_network
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import Splits, load_splits
+from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
 from gpn_triton.device import choose_device, is_out_of_memory, triton_unavailable
 from gpn_triton.distributed import World
@@ -50,7 +50,7 @@ def make_run_folder(cfg: TrainConfig) -> Path:
 
 def load_data(cfg: TrainConfig) -> Splits:
     """The configuration's data, split; the test file is not read yet."""
-    return load_splits(
+    source = DataSource(
         dataset=cfg.dataset,
         train_file=cfg.train_file,
         valid_file=cfg.valid_file,
@@ -59,11 +59,11 @@ def load_data(cfg: TrainConfig) -> Splits:
         classes=cfg.classes,
         valid_split=cfg.valid_split,
         valid_fraction=cfg.valid_fraction,
-        seed=SPLIT_SEED,
         data_dir=cfg.data_dir,
         cache_dir=cfg.cache_dir,
         download=cfg.download,
     )
+    return load_splits(source, SPLIT_SEED)
 
 
 def evaluate_run(cfg: TrainConfig, runs: list[Path], splits: Splits, device: torch.device) -> None:

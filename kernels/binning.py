@@ -29,7 +29,7 @@ Precision: draws are exact in uint32, times float32 with one rounding an operati
 multiply-add is off (enable_fp_fusion=False): every count equals the twin's, bit for bit. Counts are
 exact below 2^24, packed ones below 2^16, which the launcher knows from the longest sample.
 
-Twin: gpn_triton/data/binning.py.
+Twins: gpn_triton/data/augmentation.py and gpn_triton/data/binning.py.
 """
 
 from __future__ import annotations
@@ -220,7 +220,6 @@ def binning_count(
     longest: int,
     config,
     augmentation,
-    out: Tensor | None,
 ) -> Tensor:
     """Count the events of some samples; launches only, so that a CUDA graph can hold it.
 
@@ -229,13 +228,12 @@ def binning_count(
             what draws know each by; None: its place. indices [B] int64: which of them, each in
             0..S - 1 (not checked). key [2] int64: None without augmentation.
         channels: C. longest: events of the longest sample.
-        config: data.BinningConfig. augmentation: data.Augmentation or None.
-        out [T, B, columns] float32: where to count, overwritten; None: new memory.
+        config: a BinningConfig. augmentation: an Augmentation, or None.
     Returns:
-        counts [T, B, columns] of config.dtype; `out` itself where that is float32.
+        counts [T, B, columns] of config.dtype.
     """
     T, B = config.time_bins, len(indices)
-    shape = (T, B, -(-channels // config.channel_bin))
+    shape = (T, B, config.columns(channels))
     cells = math.prod(shape)
     shift_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0, 0
     if augmentation is not None:
@@ -245,15 +243,13 @@ def binning_count(
         drop_below = round(augmentation.drop * 2**32)
         noise_share = round(augmentation.noise * 65536)
     most = longest + (longest * noise_share >> 16) + 1
-    packed = config.dtype in TL_DTYPES and out is None and most <= PACKED_EVENTS
+    packed = config.dtype in TL_DTYPES and most <= PACKED_EVENTS
     if packed:
         # an odd number of counters fills whole words too
         half = torch.zeros(cells + cells % 2, dtype=config.dtype, device=times.device)
         counts, out = half.view(torch.int32), half[:cells].view(shape)
-    elif out is None:
-        counts = out = torch.zeros(shape, dtype=torch.float32, device=times.device)
     else:
-        counts = out.zero_()
+        counts = out = torch.zeros(shape, dtype=torch.float32, device=times.device)
     if cells == 0:
         return out.to(config.dtype)
 

@@ -7,7 +7,7 @@ import torch
 
 from gpn_triton.build import build_model
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import DeviceEvents, EventStore
+from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed, StreamedFeed
 from gpn_triton.engine import Engine
 

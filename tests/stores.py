@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gpn_triton.data import EventStore
+from gpn_triton.data.events import EventStore
 
 
 def make_store(

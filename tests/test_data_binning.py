@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_store
 
-from gpn_triton.data import Augmentation, BinningConfig, DeviceEvents, EventStore, bin_batch
 from gpn_triton.data import binning as module
+from gpn_triton.data.augmentation import Augmentation
+from gpn_triton.data.binning import BinningConfig, bin_batch
+from gpn_triton.data.events import DeviceEvents, EventStore
+from tests.stores import make_store
 
 f32 = np.float32
 

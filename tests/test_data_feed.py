@@ -8,11 +8,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from stores import make_store
 
-from gpn_triton.data import Augmentation, BinningConfig, DeviceEvents, bin_batch, prefers_cells
 from gpn_triton.data import feed as module
+from gpn_triton.data.augmentation import Augmentation
+from gpn_triton.data.binning import BinningConfig, bin_batch, prefers_cells
+from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
+from tests.stores import make_store
 
 EVERYTHING = Augmentation(20, 0.1, 0.005, 0.1, 0.1)
 CONFIG = BinningConfig(25, 1.0, channel_bin=5)

@@ -5,17 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from stores import make_store
 
 import gpn_triton.data as data
-from gpn_triton.data import (
-    choose_split,
-    hold_out_speakers,
-    load_splits,
-    read_events,
-    stratified_split,
-    write_events,
-)
+from gpn_triton.data.datasets import load_splits
+from gpn_triton.data.hdf5 import read_events, write_events
+from gpn_triton.data.splits import choose_split, hold_out_speakers, stratified_split
+from tests.stores import make_store
 
 
 def with_speakers(sizes, classes=2):

@@ -8,7 +8,9 @@ import torch
 from gpn_triton import engine, memory
 from gpn_triton.build import build_model
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import DeviceEvents, bin_batch
+from gpn_triton.data import binning
+from gpn_triton.data.binning import bin_batch
+from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
 from gpn_triton.engine import Engine
 from gpn_triton.schedule import Schedule
@@ -35,12 +37,11 @@ BINNED = []
 def one_operation(monkeypatch):
     """Binning as one operation, as the kernel is: in torch its shapes depend on the data."""
 
-    def bins(events, indices, config, augmentation=None, key=None):
+    def bins(events, indices, config, augmentation, key, sparse):
         BINNED.append((events, config, augmentation))
         return _bins(indices, key, len(BINNED) - 1)
 
-    monkeypatch.setattr(engine, "bin_batch", bins)
-    monkeypatch.setattr(engine, "prefers_cells", lambda *_: False)
+    monkeypatch.setattr(engine, "batch_input", bins)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -60,7 +61,7 @@ def test_replayed_steps_give_the_losses_of_uncaptured_ones(one_operation, option
 
 def test_a_step_that_waits_or_brings_numbers_from_the_host_cannot_be_replayed(monkeypatch):
     # in torch, binning waits for the number of events
-    monkeypatch.setattr(engine, "prefers_cells", lambda *_: False)
+    monkeypatch.setattr(binning, "prefers_cells", lambda *_: False)
     with pytest.raises(Recorded):
         train(graphs=RecordedGraphs(CPU))
     recorded = RecordedGraphs(CPU)

@@ -8,7 +8,7 @@ import torch
 from gpn_triton import memory
 from gpn_triton.build import build_model
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import DeviceEvents
+from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
 from gpn_triton.data.synthetic import synthetic_splits
 from gpn_triton.engine import Engine

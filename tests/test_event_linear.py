@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from stores import make_store
 from torch.nn import functional as F
 
-from gpn_triton.data import Augmentation, BinningConfig, DeviceEvents, bin_batch
 from gpn_triton.data import binning as module
-from gpn_triton.data.binning import bin_cells, prefers_cells
+from gpn_triton.data.augmentation import Augmentation
+from gpn_triton.data.binning import BinningConfig, bin_batch, bin_cells, prefers_cells
+from gpn_triton.data.events import DeviceEvents
 from gpn_triton.event_linear import Cells, event_linear
+from tests.stores import make_store
 
 EVERYTHING = Augmentation(20, 0.1, 0.005, 0.1, 0.1)
 # float32 sums of up to some hundred terms in another order

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_predict import NAMES, make_run
 
 from gpn_triton import SpikingClassifier, export, predict
-from gpn_triton.data import BinningConfig
+from gpn_triton.data.binning import BinningConfig
 from gpn_triton.model import NEURONS
 from gpn_triton.reference import gpn_loop
 

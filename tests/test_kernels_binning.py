@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpn_triton.data import Augmentation, BinningConfig, DeviceEvents, EventStore, bin_batch
+from gpn_triton.data.augmentation import Augmentation
+from gpn_triton.data.binning import BinningConfig, bin_batch
+from gpn_triton.data.events import DeviceEvents, EventStore
 from tests import interpreted_bfloat16
 from tests.stores import make_store
 

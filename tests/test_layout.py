@@ -44,8 +44,23 @@ ARROWS = {
         "gpn_triton.data.hdf5_reader",
         "gpn_triton.files",
     },
-    "gpn_triton.data.download": {"gpn_triton.data.hdf5", "gpn_triton.files"},
-    "gpn_triton.data.feed": {"gpn_triton.data.binning", "gpn_triton.data.events"},
+    "gpn_triton.data.download": {"gpn_triton.files"},
+    "gpn_triton.data.augmentation": {"gpn_triton.data.events"},
+    "gpn_triton.data.binning": {
+        "gpn_triton.data.augmentation",
+        "gpn_triton.data.events",
+        "gpn_triton.device",
+        "gpn_triton.event_linear",
+        "gpn_triton.kernels.binning",
+    },
+    "gpn_triton.data.datasets": {
+        "gpn_triton.data.download",
+        "gpn_triton.data.events",
+        "gpn_triton.data.hdf5",
+        "gpn_triton.data.splits",
+        "gpn_triton.data.synthetic",
+    },
+    "gpn_triton.data.feed": {"gpn_triton.data.events"},
     "gpn_triton.data.synthetic": {"gpn_triton.data.events"},
     "gpn_triton.trackers": set(),
     "gpn_triton.graphs": set(),
@@ -105,7 +120,9 @@ def test_kernels_is_a_link_to_a_folder_that_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["gpn_triton.reference", "gpn_triton", "gpn_triton.data"])
+@pytest.mark.parametrize(
+    "module", ["gpn_triton.reference", "gpn_triton", "gpn_triton.data.datasets"]
+)
 def test_importing_brings_in_neither_triton_nor_matplotlib(module):
     code = (
         f"import sys, {module}; "

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from stores import make_store
 
 from gpn_triton import SpikingClassifier, checkpoint, predict, train
 from gpn_triton.build import build_model
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import write_events
+from gpn_triton.data.hdf5 import write_events
 from gpn_triton.model import NEURONS
+from tests.stores import make_store
 
 ROOT = Path(__file__).parent.parent
 STREAMING = [n for n in NEURONS if n != "cnn"]

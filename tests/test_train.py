@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 from gpn_triton import build, checkpoint, cost, engine, train
 from gpn_triton import device as machine
 from gpn_triton.config import TrainConfig
-from gpn_triton.data import DeviceEvents, EventStore, load_splits, write_events
+from gpn_triton.data import binning
+from gpn_triton.data.datasets import DataSource, load_splits
+from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
+from gpn_triton.data.hdf5 import write_events
 from gpn_triton.model import NEURONS
 
 ROOT = Path(__file__).parent.parent
@@ -124,14 +127,15 @@ def test_eval_only_repeats_the_runs_test_accuracy(files, capsys):
 
 def test_event_driven_input_gives_the_losses_of_the_dense_one(files, monkeypatch, tmp_path):
     # 20 events a sample in 6 bins of 700 channels: far below the density where it is chosen
-    bin_batch, calls, lines = engine.bin_batch, [], []
-    monkeypatch.setattr(engine, "bin_batch", lambda *a: calls.append(a) or bin_batch(*a))
+    bin_cells, calls, lines = binning.bin_cells, [], []
+    monkeypatch.setattr(binning, "bin_cells", lambda *a: calls.append(a) or bin_cells(*a))
     for name in ("sparse", "dense"):
+        calls.clear()
         assert train.main([*files[:-1], str(tmp_path / name), *SMALL, "--epochs", "3"]) == 0
-        assert bool(calls) == (name == "dense")
+        assert bool(calls) == (name == "sparse")
         metrics = only_run(tmp_path / name) / "metrics.jsonl"
         lines.append(metrics.read_text().splitlines()[1:])
-        monkeypatch.setattr(engine, "prefers_cells", lambda *_: False)
+        monkeypatch.setattr(binning, "prefers_cells", lambda *_: False)
     for sparse, dense in zip(*lines, strict=True):
         for name in ("train_loss", "valid_loss"):
             assert json.loads(sparse)[name] == pytest.approx(json.loads(dense)[name], rel=1e-4)
@@ -234,7 +238,7 @@ def test_data_changed_since_the_checkpoint_are_refused(files, capsys):
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(files):
-    splits = load_splits(train_file=files[1], test_file=files[3])
+    splits = load_splits(DataSource(train_file=files[1], test_file=files[3]))
     losses = []
     for batch_size in (3, 8, 100):
         torch.manual_seed(0)
@@ -286,8 +290,8 @@ def test_a_broken_weights_file_is_named(files, capsys):
 
 def test_gradients_that_are_not_finite_stop_the_run_and_are_named(files, monkeypatch, capsys):
     # an infinite input silences the neurons, so that the loss stays finite
-    monkeypatch.setattr(engine, "prefers_cells", lambda *_: False)
-    spoil(monkeypatch, engine, "bin_batch", step=9)
+    monkeypatch.setattr(binning, "prefers_cells", lambda *_: False)
+    spoil(monkeypatch, engine, "batch_input", step=9)
     assert train.main([*files, *SMALL, "--epochs", "3"]) == 2
     error = capsys.readouterr().err
     assert "error: epoch 2, step 3: loss 0." in error
@@ -306,8 +310,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, monkeypatch, amp, capsys
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted_when_asked(files, monkeypatch):
-    monkeypatch.setattr(engine, "prefers_cells", lambda *_: False)
-    spoil(monkeypatch, engine, "bin_batch", step=9)
+    monkeypatch.setattr(binning, "prefers_cells", lambda *_: False)
+    spoil(monkeypatch, engine, "batch_input", step=9)
     assert train.main([*files, *SMALL, "--epochs", "3", "--skip-nonfinite"]) == 0
     run = only_run(files[-1])
     assert json.loads((run / "result.json").read_text())["skipped_steps"] == 1
@@ -320,8 +324,8 @@ def spoil(monkeypatch, owner, name, step):
 
     def spoiled(*arguments, **options):
         result = function(*arguments, **options)
-        # six training batches and one of validation an epoch; bin_batch is not counted there
-        if (name != "bin_batch" or arguments[-2] is not None) and next(calls) == step:
+        # six training batches and one of validation an epoch; batch_input is not counted there
+        if (name != "batch_input" or arguments[3] is not None) and next(calls) == step:
             return result + torch.inf
         return result
 

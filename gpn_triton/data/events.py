@@ -1,11 +1,15 @@
-"""Spike events of a whole data set in flat arrays, the form every other part reads."""
+"""Spike events of a whole data set in flat arrays, the form every other part reads: on the host as
+numpy's arrays, and on a device as tensors."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 # longest sample believed to be in seconds; a second in ms, or anything in us, lies above
 MAX_SECONDS = 600.0
@@ -119,6 +123,42 @@ class EventStore:
             f"{len(self)} samples, {len(self.class_names)} classes, {speakers}"
             f"{self.num_channels} channels, {events / max(len(self), 1):.0f} events a sample{last}"
         )
+
+
+class DeviceEvents:
+    """An event store's arrays as tensors on a device, 6 bytes an event.
+
+    Args:
+        store: the samples. On a CPU the tensors share its memory.
+        device: where the tensors shall be.
+        numbers [S] int64, on the device: each sample's number in the whole set, where the store is
+            a part of one: draws depend on it. None: the sample's place in the store.
+    Attributes:
+        times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, labels [S]
+        int64: as in EventStore. numbers: as given. num_channels: C. longest, mean: events of the
+        longest sample, and of a sample on average. kept: where binning.batch_input keeps counts of
+        these samples, by binning; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        store: EventStore,
+        device: torch.device | str = "cpu",
+        numbers: Tensor | None = None,
+    ):
+        self.times = torch.from_numpy(store.times).to(device)
+        # few operations know uint16
+        self.units = torch.from_numpy(store.units.view("int16")).to(device)
+        self.offsets = torch.from_numpy(store.offsets).to(device)
+        self.labels = torch.from_numpy(store.labels).to(device)
+        self.num_channels = store.num_channels
+        self.numbers = numbers
+        self.longest = int(np.diff(store.offsets).max(initial=0))
+        self.mean = len(store.times) / max(len(store), 1)
+        self.kept: dict[Any, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 def check_range(what: str, values: np.ndarray, top: float, unit: str = "") -> None:

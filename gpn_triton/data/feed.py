@@ -1,7 +1,7 @@
 """Batches of a pass over a set: its events lie on the device, or come there a part at a time.
 
     feed.start(order, first, batch)            a pass, from its sample number `first` on
-    feed.ahead(size); bin_batch(feed.events, feed.batch(size), ...)               and so on
+    feed.ahead(size); batch_input(feed.events, feed.batch(size), ...)             and so on
 
 `ahead` is the host's work and is called before each batch, never while a CUDA graph is captured;
 `batch` is the device's and can be held by one: it reads tensors that keep their addresses.
@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpn_triton.data.binning import DeviceEvents, Frames
-from gpn_triton.data.events import EventStore
+from gpn_triton.data.events import DeviceEvents, EventStore
 
 # of a store on a device: time and unit; of a sample offset, label and number
 EVENT_BYTES, SAMPLE_BYTES = 4 + 2, 3 * 8
@@ -57,7 +56,7 @@ def make_feed(
     if limit is None or size <= limit:
         events = DeviceEvents(store, device)
         if device.type == "cpu" and limit is None:
-            events.frames = Frames()
+            events.kept = {}
         return Feed(events), f"{line}, resident on {device}{why}"
     return StreamedFeed(store, device, limit), (
         f"{line}, streamed in shards of up to {limit / 2:.0f} MiB "

@@ -1,0 +1,194 @@
+"""How a sample's events are changed, drawn afresh for every epoch.
+
+Every random draw is a hash of what it is for,
+
+    draw(key, stream, sample, event) = mix(.. mix(mix(key[0]) ^ key[1]) .. ^ event)   32 bits
+
+so that it needs no generator state and does not depend on the batch's other samples, on their order
+or on the number of processes. All arithmetic is exact in uint32, or float32 with one rounding an
+operation, so that kernels/binning.py, compiled without fused multiply-add, draws the same.
+
+The changes come in this order: channel shift, stretch, jitter, drop. Noise events are added after
+them and are not themselves changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpn_triton.data.events import DeviceEvents
+
+# what a draw is for: the stream number of its hash
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = range(7)
+MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9
+# both lie below 2^31, so that a product with 32 bits fits a signed 64-bit integer
+MIX_1, MIX_2 = 0x21F0AAAD, 0x735A2D97
+# the standard deviation of the sum of four uniform bytes
+BYTES_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a sample's events are changed, differently in every epoch; 0 is off.
+
+    Args:
+        channel_shift: the sample moves by up to so many channels either way; events that leave the
+            range are lost.
+        time_stretch: the sample's times are multiplied by 1 +- up to this share.
+        time_jitter: deviation of each event's own displacement, seconds: near normal, the sum of
+            four uniform draws, within 3.45 deviations.
+        drop: probability with which each event is lost.
+        noise: events added, as a share of the sample's: uniform over all channels and over the time
+            from 0 to the sample's last event.
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    channel_shift: int = 0
+    time_stretch: float = 0.0
+    time_jitter: float = 0.0
+    drop: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self):
+        top = {"time_stretch": 1, "drop": 1, "noise": 1 << 16}
+        for field in fields(self):
+            value, below = getattr(self, field.name), top.get(field.name, math.inf)
+            if not 0 <= value < below:
+                raise ValueError(f"{field.name}: expected 0 <= value < {below}, got {value!r}")
+
+
+class Draws:
+    """Random 32-bit numbers that are a function of what they are for.
+
+    Args:
+        key [2]: integers of which the low 32 bits count, such as (seed, epoch); a tensor or two
+            numbers.
+        numbers [B] int64: the samples' numbers in the whole set.
+    """
+
+    def __init__(self, key: Tensor | Sequence[int], numbers: Tensor):
+        first, second = key.tolist() if isinstance(key, Tensor) else key
+        self.key = fold(fold(0, first & MASK), second & MASK)
+        self.numbers = numbers
+
+    @classmethod
+    def of(cls, events: DeviceEvents, indices: Tensor, key: Tensor | Sequence[int]) -> Draws:
+        """The draws of some samples, which know each other by their numbers in the whole set."""
+        whole = events.numbers
+        return cls(key, indices if whole is None else whole.index_select(0, indices))
+
+    def __call__(self, stream: int, count: Tensor | None = None) -> Tensor:
+        """One draw a sample [B] int64, or one for each of count [B] events of the samples."""
+        h = fold(fold(self.key, stream), self.numbers)
+        return fold(h, 0) if count is None else fold(spread(h, count), ranks(count))
+
+
+def fold(h: Tensor | int, word: Tensor | int) -> Tensor | int:
+    """Mix a word of 32 bits into a hash of 32 bits; tensors of both are int64.
+
+    Source: Chris Wellons' hash prospector, for the form and the constants of the mixing.
+    """
+    h = h ^ word
+    h += GOLDEN
+    h &= MASK
+    h ^= h >> 16
+    h *= MIX_1
+    h &= MASK
+    h ^= h >> 15
+    h *= MIX_2
+    h &= MASK
+    h ^= h >> 15
+    return h
+
+
+def uniform(draw: Tensor) -> Tensor:
+    """float32 in [0, 1), a multiple of 2^-24."""
+    return (draw >> 8).float().mul_(2.0**-24)
+
+
+def below(draw: Tensor, n: int) -> Tensor:
+    """int64 in 0..n - 1, the high half of the product."""
+    return (draw * n) >> 32
+
+
+def near_normal(draw: Tensor) -> Tensor:
+    """float32, the centred sum of the draw's four bytes; its deviation is BYTES_DEVIATION."""
+    pairs = (draw & 0xFF00FF) + ((draw >> 8) & 0xFF00FF)
+    return ((pairs & 0xFFFF) + (pairs >> 16) - 510).float()
+
+
+def draw_shift(augmentation: Augmentation, draws: Draws) -> Tensor:
+    """How many channels each sample moves, [B] int64."""
+    reach = augmentation.channel_shift
+    return below(draws(SHIFT), 2 * reach + 1) - reach
+
+
+def change(
+    augmentation: Augmentation, draws: Draws, t: Tensor, unit: Tensor, count: Tensor, channels: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Events' times and units after shift, stretch, jitter and drop, and which of them stay.
+
+    Args:
+        t [E] float32, unit [E] int: the events of B samples, one sample behind the other; changed
+            in place. count [B] int64: events of each sample. channels: C.
+    Returns:
+        times, units, and weights as `where` makes them; None: all stay.
+    """
+    weight = None
+    if augmentation.channel_shift:
+        moved = unit.add_(spread(draw_shift(augmentation, draws).to(unit.dtype), count))
+        unit = moved.clamp(0, channels - 1)
+        weight = where(None, torch.eq, unit, moved)
+    if augmentation.time_stretch:
+        factor = 1 + augmentation.time_stretch * (2 * uniform(draws(STRETCH)) - 1)
+        t = t.mul_(spread(factor, count))
+    if augmentation.time_jitter:
+        scale = augmentation.time_jitter / BYTES_DEVIATION
+        t = t.add_(near_normal(draws(JITTER, count)).mul_(scale))
+    if augmentation.drop:
+        weight = where(weight, torch.ge, draws(DROP, count), round(augmentation.drop * 2**32))
+    return t, unit, weight
+
+
+def noise_events(
+    share: float, draws: Draws, events: DeviceEvents, count: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Times and units of noise events, for samples of `count` events up to number `last`, and how
+    many each sample has."""
+    # share * count is rounded up or down at random, in 1 / 65536
+    added = (count * round(share * 65536) + (draws(NOISE_COUNT) >> 16)) >> 16
+    end = events.times.index_select(0, spread(last, added))
+    t = uniform(draws(NOISE_TIME, added)) * end
+    return t, below(draws(NOISE_UNIT, added), events.num_channels), added
+
+
+def where(
+    weight: Tensor | None, compare: Callable[..., Tensor], a: Tensor, b: Tensor | float
+) -> Tensor:
+    """weight [E] float32, where None is ones, and 0 where the comparison does not hold."""
+    # this is vectorised, into bool it is not: 22 and 90 us for 172,000 floats (EPYC, 1 thread)
+    holds = compare(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device))
+    return holds if weight is None else weight.mul_(holds)
+
+
+def spread(values: Tensor, count: Tensor) -> Tensor:
+    """values [B], each as often as count [B] says."""
+    if values.device.type == "cpu":
+        # numpy takes a fifth of torch's time
+        return torch.from_numpy(np.repeat(values.numpy(), count.numpy()))
+    return values.repeat_interleave(count)
+
+
+def ranks(count: Tensor) -> Tensor:
+    """0..count - 1 for each of count [B], one behind the other, int64."""
+    end = count.cumsum(0)
+    before = spread(end - count, count)
+    return torch.arange(len(before), device=count.device).sub_(before)

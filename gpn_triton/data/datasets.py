@@ -1,0 +1,160 @@
+"""A data set by its name or its files, as training, validation and test samples."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from gpn_triton.data.download import PARTS, fetch
+from gpn_triton.data.events import EventStore, check_range
+from gpn_triton.data.hdf5 import check_file, read_events
+from gpn_triton.data.splits import choose_split
+
+# the sets known by name; what ends in .h5 is a file
+DATASETS = ("synthetic", *PARTS)
+# as published today; older documents give others for SHD
+KNOWN_COUNTS = {
+    "shd": {"train": 8156, "test": 2264},
+    "ssc": {"train": 75466, "valid": 9981, "test": 20382},
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and test samples of one data set.
+
+    Args:
+        train, valid: read already.
+        load_test: reads the test samples; called once, when `test` is first asked for, so that
+            training cannot have seen them.
+        description: one line for people: where each part comes from.
+    """
+
+    train: EventStore
+    valid: EventStore
+    load_test: Callable[[], EventStore]
+    description: str
+
+    @cached_property
+    def test(self) -> EventStore:
+        """The test samples, read now if they were not before."""
+        return self.load_test()
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where samples come from, and how they are split where parts have no file of their own.
+
+    Args:
+        dataset: synthetic, shd, ssc or a file in SHD's layout; a train_file wins over it.
+        train_file, valid_file, test_file: files in SHD's layout. A missing test part is held out of
+            the training data first, then a missing validation part.
+        samples, classes: training samples and words of synthetic.
+        valid_split, valid_fraction: see splits.choose_split; for a held-out test part, too.
+        data_dir, download: see download.fetch. cache_dir, num_channels: see hdf5.read_events.
+    """
+
+    dataset: str | os.PathLike = "synthetic"
+    train_file: str | os.PathLike | None = None
+    valid_file: str | os.PathLike | None = None
+    test_file: str | os.PathLike | None = None
+    samples: int = 2000
+    classes: int = 20
+    valid_split: str = "auto"
+    valid_fraction: float = 0.1
+    data_dir: str | os.PathLike = "data"
+    cache_dir: str | os.PathLike | None = None
+    download: bool = False
+    num_channels: int = 700
+
+    def files(self) -> tuple[str | os.PathLike, dict[str, str | os.PathLike | None]]:
+        """The data's name and the file of each part, fetched where that is asked for; a part
+        without a file is to be split off.
+
+        Raises:
+            ValueError: an unknown name. FileNotFoundError, ConnectionError: see download.fetch.
+        """
+        own = {"valid": self.valid_file, "test": self.test_file}
+        if self.train_file is not None:
+            return self.train_file, {"train": self.train_file, **own}
+        if self.dataset in PARTS:
+            return self.dataset, fetch(self.dataset, self.data_dir, self.download)
+        if Path(self.dataset).suffix in (".h5", ".hdf5") or Path(self.dataset).exists():
+            return self.dataset, {"train": self.dataset, **own}
+        raise ValueError(
+            f"dataset: expected {', '.join(DATASETS)} or FILE.h5, got {str(self.dataset)!r}"
+        )
+
+
+def load_splits(source: DataSource, seed: int = 0) -> Splits:
+    """Find, read and split a data set; whatever has no file of its own is split off the training.
+
+    Args:
+        source: the data. seed: of the splits, and of synthetic.
+    Returns:
+        the parts, all with the training data's classes.
+    Raises:
+        ValueError: an unknown name, a bad file, classes that do not fit the training data's, or a
+            split that cannot be. FileNotFoundError, ConnectionError: no such file.
+    """
+    if source.train_file is None and source.dataset == "synthetic":
+        # imported when needed: only this set needs it
+        from gpn_triton.data.synthetic import synthetic_splits
+
+        made = synthetic_splits(source.samples, seed, source.classes)
+        about = f"synthetic, seed {seed}: {_sizes(made.train, made.valid)}"
+        return Splits(made.train, made.valid, lambda: made.test, about)
+
+    name, files = source.files()
+    how_to_split = source.valid_split, source.valid_fraction
+
+    def read(part: str) -> EventStore:
+        store = read_events(files[part], source.cache_dir, source.num_channels)
+        known = KNOWN_COUNTS.get(name, {}).get(part, len(store))
+        if len(store) != known:
+            warnings.warn(
+                f"{files[part]}: {len(store)} samples, the published set has {known}", stacklevel=3
+            )
+        return store
+
+    train = read("train")
+    classes, valid_how = train.class_names, Path(files.get("valid") or name).name
+    if files.get("test") is None:
+        whole = train
+        kept, held, how = choose_split(whole, *how_to_split, seed + 1)
+        train = whole.subset(kept)
+        load_test = partial(whole.subset, held)
+        test_how = f"{len(held)} samples held out, {how}"
+    else:
+        # so that a wrong name is not found out after the training
+        check_file(files["test"])
+        load_test = lambda: _with_classes(read("test"), classes, files["test"])  # noqa: E731
+        test_how = f"{Path(files['test']).name}, read at the end"
+    if files.get("valid") is None:
+        kept, held, valid_how = choose_split(train, *how_to_split, seed)
+        train, valid = train.subset(kept), train.subset(held)
+    else:
+        valid = _with_classes(read("valid"), classes, files["valid"])
+    about = f"{Path(name).name}: {_sizes(train, valid)} ({valid_how}); test: {test_how}"
+    return Splits(train, valid, load_test, about)
+
+
+def _sizes(train: EventStore, valid: EventStore) -> str:
+    return f"{len(train)} training and {len(valid)} validation samples"
+
+
+def _with_classes(store: EventStore, classes: tuple[str, ...], path: str | os.PathLike):
+    """The store with the training data's classes, where its own do not contradict them."""
+    numbers = tuple(map(str, range(max(len(classes), len(store.class_names)))))
+    named = [c for c in (store.class_names, classes) if c != numbers[: len(c)]]
+    if len(named) == 2 and store.class_names != classes:
+        raise ValueError(
+            f"{path}: extra/keys: expected the training data's classes {classes[:4]}..., "
+            f"got {store.class_names[:4]}..."
+        )
+    check_range(f"{path}: labels", store.labels, len(classes) - 1)
+    return replace(store, class_names=classes)
