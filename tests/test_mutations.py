@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from stores import make_store
 
-from gpn_triton import config, export, predict, train
-from gpn_triton.config import TrainConfig
+from gpn_triton import export, options, predict, train
 from gpn_triton.data import EventStore, hdf5, read_events, write_events
+from gpn_triton.options import TrainConfig
 
 SECONDS = 60
 # so that a length of many gigabytes is refused here, too, and not the machine exhausted
@@ -444,7 +444,7 @@ def test_a_damaged_file_of_a_run_is_refused_or_used(tmp_path, seed, base, monkey
 def test_an_option_takes_a_value_or_refuses_it_in_one_short_line(name):
     for value in WEIRD:
         try:
-            config.from_dict({**TrainConfig().to_dict(), name: value}, "config.json")
+            options.from_dict({**TrainConfig().to_dict(), name: value}, "config.json")
         except ValueError as error:
             assert name in str(error) and "\n" not in str(error) and len(str(error)) < 300
 

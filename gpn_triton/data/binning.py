@@ -76,7 +76,7 @@ class BinningConfig:
     """
 
     time_bins: int
-    max_time: float | None = None
+    max_time: float = 1.0
     channel_bin: int = 1
     overflow: str = "drop"
     style: str = "counts"
