@@ -21,7 +21,7 @@ from gpn_triton.options import (
     value_type,
 )
 from gpn_triton.presets import PRESETS
-from gpn_triton.run_folder import newest_unfinished, read_options
+from gpn_triton.run_folder import CONFIG, newest_unfinished, read_options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -144,7 +144,7 @@ def _of_run(flags: dict[str, Any], source: str) -> TrainConfig:
     allowed |= {f.name for f in OPTIONS if source in f.metadata["beside"]}
     if extra := sorted(set(flags) - allowed):
         raise ValueError(
-            f"{source}: takes its options from {run}/config.json: remove "
+            f"{source}: takes its options from {run}/{CONFIG}: remove "
             + ", ".join("--" + name.replace("_", "-") for name in extra)
         )
     return TrainConfig(**{**read_options(run, source), **flags, source: run})

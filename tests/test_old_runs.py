@@ -66,7 +66,7 @@ def test_a_run_that_differs_in_an_option_it_does_not_know_is_refused(run, capsys
     values = json.loads((run / run_folder.CONFIG).read_text())
     (run / run_folder.CONFIG).write_text(json.dumps({**values, "alpha": 3.0}))
     assert train.main(["--resume", str(run)]) == 2
-    assert "is of another run: alpha 2.0 there, 3.0 here" in capsys.readouterr().err
+    assert "alpha 2.0 there, 3.0 here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [(), NEWER], ids=["as it is", "older still"])

@@ -230,30 +230,24 @@ def test_a_spoiled_run_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
-        (["--device", "cuda:99"], "device: cuda:99 is not here"),
-        (["--batch-size", "0"], "batch_size: expected at least 1, got 0"),
-        (["--strem"], "unknown option --strem; did you mean --stream?"),
-        (["--out", "/dev/null/out.csv"], "Not a directory"),
-        (["--stream"], "a cnn sees all bins at once and cannot stream"),
+        ("--device tpu", "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
+        ("--device cuda:99", "device: cuda:99 is not here"),
+        ("--batch-size 0", "batch_size: expected at least 1, got 0"),
+        ("--strem", "unknown option --strem; did you mean --stream?"),
+        ("--out /dev/null/out.csv", "Not a directory"),
+        ("--stream", "a cnn sees all bins at once and cannot stream"),
+        ("none.h5", "found nothing there"),
+        ("run/metrics.jsonl", "begins with b'"),
     ],
 )
-def test_a_wrong_option_is_one_line(tmp_path, file, more, message, capsys):
-    run = make_run(tmp_path / "run", neuron="cnn" if "--stream" in more else "gpn")
-    assert predict.main([str(run), str(file), "--out", str(tmp_path / "out.csv"), *more]) == 2
+def test_a_wrong_option_or_file_is_one_line(tmp_path, file, more, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", neuron="cnn" if more == "--stream" else "gpn")
+    argv = more.split() if more.endswith((".h5", ".jsonl")) else [str(file), *more.split()]
+    assert predict.main(["run", *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-    assert not (tmp_path / "out.csv").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("none.h5", "found nothing there"), ("junk.h5", "begins with b'junk'")]
-)
-def test_a_file_that_is_missing_or_no_hdf5_is_one_line(tmp_path, name, message, capsys):
-    (tmp_path / "junk.h5").write_text("junk")
-    assert predict.main([str(make_run(tmp_path / "run")), str(tmp_path / name)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "some.h5"]
 
 
 def test_the_module_is_a_command():
