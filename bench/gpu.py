@@ -42,7 +42,6 @@ from bench.measure import Call, GraphedCall, Times, timed
 from bench.subjects import Problem, Unavailable, Wrong
 from gpn_triton import cost, gpn, ops
 from gpn_triton import device as machine
-from gpn_triton.checkpoint import write_json
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
 from gpn_triton.data.synthetic import synthetic_splits
@@ -54,6 +53,7 @@ from gpn_triton.kernels.tiles import Plan, Tile
 from gpn_triton.model import NEURONS
 from gpn_triton.provenance import provenance
 from gpn_triton.reference import GATES
+from gpn_triton.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 460.0

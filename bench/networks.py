@@ -21,11 +21,11 @@ from bench.cases import Case
 from bench.competitors import LoopGPN, Unavailable
 from bench.subjects import DTYPES, ROWS, TOLERANCE, Entry, Wrong, compare, specification_under
 from gpn_triton import GPN, SpikingClassifier, cost, reference
-from gpn_triton.config import TrainConfig
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
 from gpn_triton.engine import Engine
 from gpn_triton.model import NEURONS
+from gpn_triton.options import TrainConfig
 
 # about as many as a sample of SHD or SSC has
 EVENTS = 4000

@@ -11,7 +11,6 @@ from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
 from gpn_triton.build import AMP, build_augmentation, build_binning
-from gpn_triton.config import TrainConfig
 from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import batch_input
 from gpn_triton.data.events import DeviceEvents
@@ -21,6 +20,7 @@ from gpn_triton.distributed import World
 from gpn_triton.event_linear import Cells
 from gpn_triton.graphs import Graphs
 from gpn_triton.model import NEURONS, Draws, SpikingClassifier
+from gpn_triton.options import TrainConfig
 from gpn_triton.schedule import Schedule
 
 
@@ -265,7 +265,7 @@ class Engine:
         }
 
     def expected_state(self) -> dict[str, Any]:
-        """A state of the form that state_dict has once a step was made; see checkpoint.check_form.
+        """A state of the form that state_dict has once a step was made; see run._check_form.
 
         The random state of a GPU is missing where a run is taken up on another kind of device.
         """

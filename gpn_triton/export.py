@@ -22,7 +22,6 @@ sn1.ln.weight [4 N, 2 N] has the columns of v, then those of x. This reads the f
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,13 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from gpn_triton import checkpoint, files
-from gpn_triton.build import build_binning
+from gpn_triton import files, run_folder
+from gpn_triton.build import input_columns, network_arguments
+from gpn_triton.data.binning import BinningConfig
 from gpn_triton.layers import GPN
 from gpn_triton.model import NEURONS, SpikingClassifier
-from gpn_triton.predict import NUM_CHANNELS, TrainedRun, load_run
+from gpn_triton.parser import Parser
+from gpn_triton.run_folder import NUM_CHANNELS, TrainedRun, load_run
 
 # raised when what the files hold changes
 FORMAT = 1
@@ -50,28 +51,16 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
         its input [time_bins, B, inputs]: num_channels, channel_bin (channels summed into one),
         max_time (seconds), overflow and style, as data.binning.BinningConfig.
     """
-    cfg = trained.config
+    cfg, classes = trained.config, len(trained.class_names)
+    network = network_arguments(cfg, input_columns(cfg, NUM_CHANNELS), classes)
+    binning = cfg.settings(BinningConfig)
+    # what changes neither the network nor what it computes, and what the network has already
+    del network["backend"], network["checkpoint_every"], binning["time_bins"]
     return {
         "format": FORMAT,
-        "network": {
-            "hidden": list(cfg.hidden),
-            "neuron": cfg.neuron,
-            "inputs": build_binning(cfg).columns(NUM_CHANNELS),
-            "classes": len(trained.class_names),
-            "dropout": cfg.dropout,
-            "readout": cfg.readout,
-            "time_bins": cfg.time_bins,
-            "surrogate": cfg.surrogate,
-            "alpha": cfg.alpha,
-        },
-        "class_names": list(trained.class_names),
-        "binning": {
-            "num_channels": NUM_CHANNELS,
-            "channel_bin": cfg.channel_bin,
-            "max_time": cfg.max_time,
-            "overflow": cfg.overflow,
-            "style": cfg.binning,
-        },
+        "network": network,
+        "class_names": trained.class_names,
+        "binning": {"num_channels": NUM_CHANNELS, **binning},
     }
 
 
@@ -105,36 +94,39 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
     """Write a run's network into a folder, each file whole or not at all.
 
     Args:
-        run: a run folder, see predict.load_run. out: the folder, made if missing; its files of
+        run: a run folder, see run_folder.load_run. out: the folder, made if missing; its files of
             these names are replaced.
     Returns:
         the files written.
     Raises:
-        FileNotFoundError, ValueError: as predict.load_run. OSError: the folder cannot be written.
+        FileNotFoundError, ValueError: as run_folder.load_run.
+        OSError: the folder cannot be written.
     """
     trained, out = load_run(run), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_weights(out / "model.safetensors", trained.model)
-    checkpoint.write_json(out / "model.json", describe(trained))
     written = [out / "model.safetensors", out / "model.json"]
+    run_folder.save_weights(written[0], trained.model)
+    run_folder.write_json(written[1], describe(trained))
     if NEURONS[trained.config.neuron].is_gpn:
-        content = save(authors_weights(trained.model))
-        files.write_atomically(out / "authors.safetensors", lambda file: file.write(content))
         written.append(out / "authors.safetensors")
+        content = save(authors_weights(trained.model))
+        files.write_atomically(written[2], lambda file: file.write(content))
     return written
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m gpn_triton.export",
         description="Write a run's network as safetensors and JSON, and for GPN networks in the "
         "authors' layout, too.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder (of several seeds: RUN/seed-K)")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: RUN/export)")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
+    parser.add_argument(
+        "--out", metavar="DIR", help="Names the folder to write into (default: RUN/export)."
+    )
     try:
+        arguments = parser.parse_args(argv)
         for path in export(arguments.run, arguments.out or Path(arguments.run, "export")):
             print(path)
     except (ValueError, OSError) as error:

@@ -6,104 +6,25 @@ python -m gpn_triton.predict RUN FILE.h5 --stream --out -
 
 from __future__ import annotations
 
-import argparse
 import copy
 import csv
 import dataclasses
 import io
-import json
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpn_triton import checkpoint, config, files
-from gpn_triton.build import build_binning, build_model
-from gpn_triton.config import TrainConfig
+from gpn_triton import files
+from gpn_triton.build import build_binning
 from gpn_triton.data.binning import bin_batch
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.hdf5 import read_events
 from gpn_triton.device import choose_device
 from gpn_triton.model import SpikingClassifier
-
-# of the files in SHD's layout that the training command reads
-NUM_CHANNELS = 700
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedRun:
-    """A run folder read back.
-
-    config: as it was trained. model: with the best epoch's weights, float32, in evaluation mode, on
-    the CPU. class_names: as the training data named them, else the classes' numbers.
-    """
-
-    config: TrainConfig
-    model: SpikingClassifier
-    class_names: tuple[str, ...]
-
-
-def load_run(run: str | Path) -> TrainedRun:
-    """Read a run folder's configuration, best weights and class names.
-
-    Args:
-        run: a folder as the training command leaves it, or of a run of several seeds the folder of
-            one seed.
-    Returns:
-        the run; its model computes with the torch backend.
-    Raises:
-        FileNotFoundError: no config.json or no weights there.
-        ValueError: a file that cannot be read, weights that do not fit the configuration or are not
-            finite, or a run of several seeds.
-    """
-    run = Path(run)
-    weights = run / "best.safetensors"
-    cfg = _read_config(run)
-    seeds = sorted(run.glob("seed-*/best.safetensors"))
-    if seeds and not weights.exists():
-        raise ValueError(f"run: {run} holds {len(seeds)} seeds: name one, as {seeds[0].parent}")
-    if not weights.is_file():
-        raise FileNotFoundError(f"run: {run} has no best.safetensors: no epoch was finished")
-    try:
-        with safe_open(weights, "pt") as file:
-            classes = file.get_slice("output.weight").get_shape()[0]
-    except (SafetensorError, OSError, IndexError) as error:
-        raise ValueError(f"weights: {weights} cannot be read: {error}") from None
-    # what is computed is the same with every backend
-    cfg = dataclasses.replace(cfg, backend="torch")
-    model = build_model(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
-    checkpoint.load_weights(weights, model)
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"weights: {weights}: {name} holds values that are not finite")
-    return TrainedRun(cfg, model.eval(), _class_names(run, classes))
-
-
-def _read_config(run: Path) -> TrainConfig:
-    """The configuration in the run's folder, or for one seed's folder in the one above."""
-    path = run / "config.json"
-    if not path.exists() and run.name.startswith("seed-"):
-        path = run.parent / "config.json"
-    values = config.read_run_options(path, run, "run")
-    return config.from_dict(values, str(path))
-
-
-def _class_names(run: Path, classes: int) -> tuple[str, ...]:
-    """The names in the first line of metrics.jsonl; numbers where it holds none."""
-    try:
-        with (run / "metrics.jsonl").open(encoding="utf-8") as file:
-            names = json.loads(file.readline())["class_names"]
-    except (FileNotFoundError, KeyError):
-        return tuple(map(str, range(classes)))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"run: {run}/metrics.jsonl: no header in its first line: {error}"
-        ) from None
-    if not isinstance(names, list) or len(names) != classes:
-        raise ValueError(f"run: {run}/metrics.jsonl: class_names: expected {classes} names")
-    return tuple(map(str, names))
+from gpn_triton.parser import Parser
+from gpn_triton.run_folder import NUM_CHANNELS, TrainedRun, load_run
 
 
 @torch.no_grad()
@@ -169,9 +90,9 @@ def predictions_csv(class_names: tuple[str, ...], logits: Tensor) -> str:
     return text.getvalue()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command's parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m gpn_triton.predict",
         description="Classify the samples of a file with the best weights of a run.",
         epilog="Everything is computed in float64 and the logits are rounded to float32, so that "
@@ -179,27 +100,33 @@ def build_parser() -> argparse.ArgumentParser:
         "training, a spike at the edge of its threshold may fall otherwise: an accuracy may differ "
         "from the run's by the odd sample.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder (of several seeds: RUN/seed-K)")
-    parser.add_argument("file", metavar="FILE.h5", help="samples in SHD's layout")
+    parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
+    parser.add_argument("file", metavar="FILE.h5", help="The samples, in SHD's layout.")
     parser.add_argument(
         "--out", default="predictions.csv", metavar="FILE.csv",
-        help="where to write, replacing it; - is the standard output (default: predictions.csv)",
+        help="Names the file to write, or - for the standard output; a file that is there is "
+        "replaced (default: predictions.csv).",
     )  # fmt: skip
     parser.add_argument(
-        "--stream", action="store_true", help="feed the network bin by bin, its state carried"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:K")
+        "--stream", action="store_true",
+        help="Feeds the network bin by bin and carries its state from one to the next.",
+    )  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="B", help="samples at once (default: 64)"
-    )
+        "--device", default="auto",
+        help="Chooses where to compute: cpu, cuda or cuda:K; auto takes the GPU where there is "
+        "one (default: auto).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="B",
+        help="Sets how many samples are computed at once (default: 64).",
+    )  # fmt: skip
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = build_parser().parse_args(argv)
     try:
-        return _main(**vars(arguments))
+        return _main(**vars(build_parser().parse_args(argv)))
     # RuntimeError is torch's own, where memory does not suffice
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error).splitlines() or [type(error).__name__]

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gpn_triton import checkpoint, files
+from gpn_triton import files, run_folder
 from gpn_triton.build import build_network, network_sizes
-from gpn_triton.config import TrainConfig
 from gpn_triton.cost import training_floor
 from gpn_triton.curves import draw_curves
 from gpn_triton.data.datasets import Splits
@@ -27,18 +26,17 @@ from gpn_triton.distributed import World
 from gpn_triton.engine import Engine, NonFiniteError, means
 from gpn_triton.memory import advice
 from gpn_triton.model import NEURONS
+from gpn_triton.options import RESULT_OPTIONS, TrainConfig, difference
 from gpn_triton.profile import StepProfile
 from gpn_triton.provenance import provenance
 from gpn_triton.trackers import Trackers
 
 LOG_SECONDS = 0.5
-# options that no result depends on, or only by the order of float sums: where things are, what is
-# watched, in which parts a batch is worked off
-_PLACES = {
-    "device", "backend", "no_graph", "data_dir", "cache_dir", "event_mib", "download", "out",
-    "config", "track", "profile", "accumulate", "resume", "eval_only", "dataset", "train_file",
-    "valid_file", "test_file",
-}  # fmt: skip
+# of a line of metrics.jsonl, beside the activity of each layer
+NUMBERS = (
+    "epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "seconds",
+    "samples_per_second", "skipped_steps",
+)  # fmt: skip
 
 
 class Interruption:
@@ -107,12 +105,12 @@ class Run:
             "class_names": splits.train.class_names,
         }
         # what the result depends on
-        self.computes = {k: v for k, v in self.header["config"].items() if k not in _PLACES}
+        self.computes = {k: v for k, v in self.header["config"].items() if k in RESULT_OPTIONS}
         self.metrics = folder / "metrics.jsonl"
-        if found := checkpoint.load_checkpoint(folder):
+        if found := run_folder.load_checkpoint(folder):
             self._take_up(*found)
         if world.is_writer:
-            checkpoint.remove_leftovers(folder)
+            run_folder.remove_leftovers(folder)
             _write_lines(self.metrics, [self.header, *self.epochs])
 
     def say(self, line: str) -> None:
@@ -138,19 +136,15 @@ class Run:
     def _take_up(self, state: dict[str, Any], path: Path) -> None:
         """Go on where a checkpoint was written."""
         expected = self._state(self.engine.expected_state())
-        checkpoint.check_form(state, expected, f"resume: {path} is not of this run")
-        for name, value in self.computes.items():
-            if state["computes"][name] != value:
-                raise ValueError(
-                    f"resume: {path} is of another run: {name} {state['computes'][name]} there, "
-                    f"{value} here"
-                )
+        _check_form(state, {**expected, "computes": {}}, f"resume: {path} is not of this run")
+        if there := difference(state["computes"], self.computes):
+            raise ValueError(f"resume: {path} is of another run: {there}")
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(f"resume: the data have changed since {path} was written")
         self.engine.load_state_dict(state["engine"])
         self.progress = state["progress"]
-        self.header, self.epochs = _read_metrics(
-            self.metrics, self.progress["epoch"], len(self.cfg.hidden)
+        self.header, self.epochs = run_folder.read_metrics(
+            self.folder, self.progress["epoch"], len(self.cfg.hidden), NUMBERS
         )
         self.last_good = str(path)
         self.say(f"resumed from {path}")
@@ -171,9 +165,9 @@ class Run:
         state, progress = self._state(self.engine.state_dict()), self.progress
         at = progress["epoch"], progress["step"]
         if self.world.is_writer:
-            checkpoint.save_checkpoint(self.folder, state, *at)
+            run_folder.save_checkpoint(self.folder, state, *at)
         self.world.barrier()
-        self.last_good = str(checkpoint.checkpoint_path(self.folder, *at))
+        self.last_good = str(run_folder.checkpoint_path(self.folder, *at))
 
     def train(self) -> dict[str, Any]:
         """Train to the last epoch, test the best one and write the run's files.
@@ -281,7 +275,7 @@ class Run:
         best = (progress["best_accuracy"], -progress["best_loss"])
         if (valid["accuracy"], -valid["loss"]) > best:
             if self.world.is_writer:
-                checkpoint.save_weights(self.folder / "best.safetensors", self.model)
+                run_folder.save_weights(self.folder / "best.safetensors", self.model)
             progress |= {f"best_{key}": valid[key] for key in ("accuracy", "loss")}
             progress["best_epoch"] = epoch + 1
         progress |= {"epoch": epoch + 1, "step": 0, "seconds": 0.0}
@@ -301,7 +295,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         """Test the best weights and write result.json and curves.png."""
         cfg, progress, epochs = self.cfg, self.progress, self.epochs
-        checkpoint.load_weights(self.folder / "best.safetensors", self.model)
+        run_folder.load_weights(self.folder / "best.safetensors", self.model)
         # the test set is read here for the first and only time
         test = self.engine.evaluate(self._feed("test", self.splits.test))
         # measuring the device would raise it
@@ -336,26 +330,9 @@ class Run:
         if self.world.is_writer:
             sizes = "-".join(map(str, cfg.hidden))
             _draw(self.folder, epochs, f"{cfg.neuron} {sizes} on {self.splits.description}")
-            checkpoint.write_json(self.folder / "result.json", result)
+            run_folder.write_json(self.folder / "result.json", result)
         self.world.barrier()
         return result
-
-
-def _read_metrics(path: Path, epochs: int, layers: int) -> tuple[dict, list[dict]]:
-    """The header and the first so many epochs of a run's metrics.jsonl."""
-    numbers = "epoch train_loss train_accuracy valid_loss valid_accuracy lr seconds"
-    line = dict.fromkeys([*numbers.split(), "samples_per_second", "skipped_steps"], 0.0)
-    line["activity"] = [0.0] * layers
-    try:
-        text = path.read_text(encoding="utf-8")
-        header, *lines = [json.loads(line) for line in text.splitlines()[: 1 + epochs]]
-        checkpoint.check_form(lines, [line] * epochs, "epochs")
-        checkpoint.check_form(header, {}, "header")
-        for name in ("device", "commit"):
-            header.setdefault(name)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"resume: {path} cannot be read: {error}") from None
-    return header, lines
 
 
 def _describe(means: dict[str, Any]) -> str:
@@ -373,3 +350,32 @@ def _draw(run: Path, epochs: list[dict[str, Any]], title: str) -> None:
         draw_curves(run / "curves.png", epochs, title)
     except ModuleNotFoundError:
         print("curves.png not drawn: matplotlib is missing (pip install 'gpn-triton[plot]')")
+
+
+def _check_form(found: Any, expected: Any, where: str) -> None:
+    """Raise ValueError unless a state has the keys, types and tensor shapes of another.
+
+    Args:
+        found: from a file. expected: a state of this run; None in it fits anything, an empty dict
+            or list any dict or list. where: names the state in the error.
+    """
+    if expected is None:
+        return
+    # a float may have come as a whole number
+    if type(found) is not type(expected) and (type(expected), type(found)) != (float, int):
+        wanted, got = type(expected).__name__, type(found).__name__
+        raise ValueError(f"{where}: expected {wanted}, got {got}")
+    if isinstance(expected, torch.Tensor):
+        for wanted, got in ((expected.shape, found.shape), (expected.dtype, found.dtype)):
+            if wanted != got:
+                raise ValueError(f"{where}: expected {wanted}, got {got}")
+    elif isinstance(expected, dict) and expected:
+        if different := sorted(map(str, found.keys() ^ expected.keys())):
+            raise ValueError(f"{where}: {different[0]} is in only one of it and this run")
+        for key, value in expected.items():
+            _check_form(found[key], value, f"{where}: {key}")
+    elif isinstance(expected, list) and expected:
+        if len(found) != len(expected):
+            raise ValueError(f"{where}: expected {len(expected)} values, got {len(found)}")
+        for k, value in enumerate(expected):
+            _check_form(found[k], value, f"{where}: {k}")

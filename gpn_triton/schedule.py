@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpn_triton.config import TrainConfig
+from gpn_triton.options import TrainConfig
 
 
 class Schedule:

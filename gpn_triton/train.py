@@ -12,40 +12,24 @@ import json
 import os
 import statistics
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpn_triton import checkpoint, config
+from gpn_triton import parser, run_folder
 from gpn_triton.build import build_network
-from gpn_triton.config import TrainConfig
 from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
 from gpn_triton.device import choose_device, is_out_of_memory, triton_unavailable
 from gpn_triton.distributed import World
 from gpn_triton.engine import Engine, NonFiniteError
 from gpn_triton.model import NEURONS
+from gpn_triton.options import TrainConfig
 from gpn_triton.run import Run
 
 # data are split with this seed whatever the training seed, so that seeds compare like with like
 SPLIT_SEED = 0
-
-
-def make_run_folder(cfg: TrainConfig) -> Path:
-    """A new folder under cfg.out, named after the time, the data and the neuron."""
-    data = Path(cfg.train_file or cfg.dataset).stem
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{data}-{cfg.neuron}"
-    for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
-        run = Path(cfg.out, name + suffix)
-        try:
-            run.mkdir(parents=True)
-            return run
-        except FileExistsError:
-            if not Path(cfg.out).is_dir():
-                raise ValueError(f"out: expected a folder, {cfg.out} is a file") from None
-    raise ValueError(f"out: no free name for a run in {cfg.out}")
 
 
 def load_data(cfg: TrainConfig) -> Splits:
@@ -72,7 +56,7 @@ def evaluate_run(cfg: TrainConfig, runs: list[Path], splits: Splits, device: tor
     print(f"test {decision}")
     for run in runs:
         model = build_network(cfg, splits).to(device)
-        checkpoint.load_weights(run / "best.safetensors", model)
+        run_folder.load_weights(run / "best.safetensors", model)
         result = Engine(cfg, model, device).evaluate(test)
         print(f"test accuracy {100 * result['accuracy']:.2f} %  loss {result['loss']:.4f}  {run}")
 
@@ -80,7 +64,7 @@ def evaluate_run(cfg: TrainConfig, runs: list[Path], splits: Splits, device: tor
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
-        return _main(config.parse(argv))
+        return _main(parser.parse(argv))
     except (ValueError, OSError, MemoryError, NonFiniteError) as error:
         # a user's mistake or the machine's, named where it was found
         print(f"error: {error}", file=sys.stderr)
@@ -110,17 +94,15 @@ def _main(cfg: TrainConfig) -> int:
     world = World(device)
     say = print if world.is_writer else lambda *_: None
     taken_up = cfg.eval_only or cfg.resume
-    run = taken_up or world.share(str(make_run_folder(cfg)) if world.is_writer else None)
-    runs = [Path(run)]
-    if len(cfg.seed) > 1:
-        runs = [Path(run, f"seed-{seed}") for seed in cfg.seed]
+    run = taken_up or world.share(str(run_folder.make_run_folder(cfg)) if world.is_writer else None)
+    runs = run_folder.seed_folders(run, cfg.seed)
     say(f"{splits.description}\n{splits.train.summary()}")
     if cfg.eval_only:
         evaluate_run(cfg, runs, splits, device)
         return 0
     if world.is_writer:
         if not cfg.resume:
-            checkpoint.write_json(Path(run, "config.json"), cfg.to_dict())
+            run_folder.write_json(Path(run, "config.json"), cfg.to_dict())
         for folder in runs:
             folder.mkdir(exist_ok=True)
     world.barrier()
@@ -144,7 +126,7 @@ def _main(cfg: TrainConfig) -> int:
             "seeds": [result["seed"] for result in results],
             "results": results,
         }
-        checkpoint.write_json(Path(run, "result.json"), summary)
+        run_folder.write_json(Path(run, "result.json"), summary)
     say(_summary(cfg, results, run))
     world.close()
     return 0

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from gpn_triton.build import build_model
-from gpn_triton.config import TrainConfig
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed, StreamedFeed
 from gpn_triton.engine import Engine
+from gpn_triton.options import TrainConfig
 
 CPU = torch.device("cpu")
 EPOCHS, SAMPLES, BATCH = 4, 44, 8

@@ -6,8 +6,8 @@ import torch
 from gpn_triton import cost
 from gpn_triton import device as machine
 from gpn_triton.build import build_model
-from gpn_triton.config import TrainConfig
 from gpn_triton.model import NEURONS
+from gpn_triton.options import TrainConfig
 
 CPU = torch.device("cpu")
 SHD, SSC = ([128], 20), ([512, 256, 128], 35)

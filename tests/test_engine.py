@@ -7,12 +7,12 @@ import torch
 
 from gpn_triton import engine, memory
 from gpn_triton.build import build_model
-from gpn_triton.config import TrainConfig
 from gpn_triton.data import binning
 from gpn_triton.data.binning import bin_batch
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
 from gpn_triton.engine import Engine
+from gpn_triton.options import TrainConfig
 from gpn_triton.schedule import Schedule
 from tests.replay import Recorded, RecordedGraphs
 from tests.small_training import BATCH, CPU, EPOCHS, OPTIONS, SAMPLES, SMALL, store, streamed, train

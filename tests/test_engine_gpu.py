@@ -7,12 +7,12 @@ import torch
 
 from gpn_triton import memory
 from gpn_triton.build import build_model
-from gpn_triton.config import TrainConfig
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
 from gpn_triton.data.synthetic import synthetic_splits
 from gpn_triton.engine import Engine
 from gpn_triton.graphs import WARM_RUNS
+from gpn_triton.options import TrainConfig
 from gpn_triton.profile import StepProfile
 from tests.small_training import BATCH, OPTIONS, SMALL, store, streamed, train
 

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from test_predict import NAMES, make_run
 
-from gpn_triton import SpikingClassifier, export, predict
+from gpn_triton import SpikingClassifier, export
 from gpn_triton.data.binning import BinningConfig
 from gpn_triton.model import NEURONS
 from gpn_triton.reference import gpn_loop
+from gpn_triton.run_folder import load_run
 
 
 def documented_loader():
@@ -36,7 +37,7 @@ def test_the_documented_loader_reads_back_the_same_network(tmp_path, neuron, cap
     assert sorted(p.name for p in out.iterdir()) == expected
     assert sorted(capsys.readouterr().out.split()) == [str(out / name) for name in expected]
     model, about = documented_loader()(out)
-    original = predict.load_run(run).model
+    original = load_run(run).model
     x = torch.poisson(torch.full((9, 4, 100), 0.3))
     assert torch.equal(model(x)[0], original(x)[0])
     assert about["class_names"] == list(NAMES)
@@ -82,7 +83,7 @@ def test_the_authors_layout_computes_the_same_logits(tmp_path):
         "fc4.weight": [3, 6], "fc4.bias": [3],
     }  # fmt: skip
     x = torch.poisson(torch.full((9, 4, 700), 0.05)).double()
-    model = predict.load_run(run).model.double()
+    model = load_run(run).model.double()
     logits, activity = model(x)
     assert (activity > 0).all()
     double = {name: t.double() for name, t in weights.items()}
@@ -95,7 +96,7 @@ def test_a_variants_layout_holds_the_rows_of_its_gates(tmp_path, variant):
     run = make_run(tmp_path / "run", neuron=f"gpn-{variant}", hidden=(6,))
     export.export(run, tmp_path / "out")
     weights = load_file(tmp_path / "out" / "authors.safetensors")
-    layer = predict.load_run(run).model.neurons[0]
+    layer = load_run(run).model.neurons[0]
     x, zero = torch.randn(5, 2, 6), torch.zeros(2, 6)
     ln = weights["sn1.ln.weight"]
     expected = gpn_loop(x, ln[:, 6:], ln[:, :6], weights["sn1.ln.bias"], zero, zero, variant)[1]
@@ -118,7 +119,7 @@ def test_a_second_export_replaces_the_first(tmp_path):
         run = make_run(tmp_path / f"run-{seed}")
         export.export(run, tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(exported["output.weight"], predict.load_run(run).model.output.weight)
+    assert torch.equal(exported["output.weight"], load_run(run).model.output.weight)
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys):

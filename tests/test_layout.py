@@ -34,7 +34,6 @@ ARROWS = {
         "gpn_triton.spike_linear",
     },
     "gpn_triton.files": set(),
-    "gpn_triton.checkpoint": {"gpn_triton.files"},
     "gpn_triton.curves": {"gpn_triton.files"},
     "gpn_triton.distributed": set(),
     "gpn_triton.data.events": set(),
@@ -64,12 +63,12 @@ ARROWS = {
     "gpn_triton.data.synthetic": {"gpn_triton.data.events"},
     "gpn_triton.trackers": set(),
     "gpn_triton.graphs": set(),
-    "gpn_triton.schedule": {"gpn_triton.config"},
+    "gpn_triton.schedule": {"gpn_triton.options"},
     "gpn_triton.device": set(),
     "gpn_triton.cost": {"gpn_triton.device", "gpn_triton.reference"},
     "gpn_triton.profile": {"gpn_triton.files"},
     "gpn_triton.provenance": set(),
-    "gpn_triton.config": {"gpn_triton.model", "gpn_triton.ops", "gpn_triton.surrogate"},
+    "gpn_triton.presets": set(),
 }
 NOBODY_IMPORTS = {"gpn_triton.train"}
 

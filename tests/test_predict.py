@@ -1,7 +1,6 @@
 """Predictions of a trained run, and networks fed bin by bin."""
 
 import csv
-import dataclasses
 import io
 import json
 import subprocess
@@ -10,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from gpn_triton import SpikingClassifier, checkpoint, predict, train
+from gpn_triton import SpikingClassifier, predict, run_folder, train
 from gpn_triton.build import build_model
-from gpn_triton.config import TrainConfig
 from gpn_triton.data.hdf5 import write_events
 from gpn_triton.model import NEURONS
+from gpn_triton.options import TrainConfig
+from gpn_triton.run_folder import load_run
 from tests.stores import make_store
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +34,8 @@ def make_run(folder, names=NAMES, **options):
             if "inputs" in name or name.startswith("output"):
                 parameter.mul_(5)
     folder.mkdir(parents=True)
-    checkpoint.write_json(folder / "config.json", cfg.to_dict())
-    checkpoint.save_weights(folder / "best.safetensors", model)
+    run_folder.write_json(folder / "config.json", cfg.to_dict())
+    run_folder.save_weights(folder / "best.safetensors", model)
     if names is not None:
         (folder / "metrics.jsonl").write_text(json.dumps({"class_names": names}) + "\n")
     return folder
@@ -90,12 +90,13 @@ def test_streamed_samples_do_not_depend_on_the_batch():
 
 @torch.no_grad()
 def test_a_stream_gives_logits_at_every_bin_and_can_be_gone_on_from_twice():
-    model, x = random_network("gpn", 1)
-    logits, state = model.stream(x[:10])
-    assert torch.equal(logits.float(), model(x[:10])[0].float())
-    first, _ = model.stream(x[10:], state)
-    again, _ = model.stream(x[10:], state)
-    assert torch.equal(first, again) and torch.equal(first.float(), model(x)[0].float())
+    for neuron in ("gpn", "cuba-lif"):
+        model, x = random_network(neuron, 1)
+        logits, state = model.stream(x[:10])
+        assert torch.equal(logits.float(), model(x[:10])[0].float())
+        first, _ = model.stream(x[10:], state)
+        again, _ = model.stream(x[10:], state)
+        assert torch.equal(first, again) and torch.equal(first.float(), model(x)[0].float())
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_a_run_that_the_trainer_left_is_read_and_agrees_with_it(tmp_path, capsys
     small = "--hidden 8 --time-bins 6 --epochs 2 --device cpu --batch-size 16"
     assert train.main([*options.split(), *small.split(), "--seed", "1", "2"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
-    trained = predict.load_run(run / "seed-2")
+    trained = load_run(run / "seed-2")
     assert trained.class_names == NAMES and not trained.model.training
     logits = predict.predict(trained, make_store(60, empty=False))
     accuracy = (logits.argmax(1) == torch.arange(60) % 3).double().mean().item()
@@ -172,11 +173,11 @@ def test_a_run_that_the_trainer_left_is_read_and_agrees_with_it(tmp_path, capsys
 
 
 def test_without_names_classes_are_numbers(tmp_path):
-    assert predict.load_run(make_run(tmp_path / "run", None)).class_names == ("0", "1", "2")
+    assert load_run(make_run(tmp_path / "run", None)).class_names == ("0", "1", "2")
 
 
 def test_prediction_leaves_the_run_as_it_was(tmp_path):
-    trained = predict.load_run(make_run(tmp_path / "run"))
+    trained = load_run(make_run(tmp_path / "run"))
     before = [p.clone() for p in trained.model.parameters()]
     predict.predict(trained, make_store())
     after = list(trained.model.parameters())
@@ -184,60 +185,42 @@ def test_prediction_leaves_the_run_as_it_was(tmp_path):
     assert {p.dtype for p in after} == {torch.float32}
 
 
-def spoil(run, what):
-    """Make one mistake in a run folder."""
-    weights = run / "best.safetensors"
-    if what == "no config":
-        (run / "config.json").unlink()
-    elif what == "no weights":
-        weights.unlink()
-    elif what == "junk config":
-        (run / "config.json").write_text("{")
-    elif what == "listed config":
-        (run / "config.json").write_text("[]")
-    elif what == "deep config":
-        (run / "config.json").write_text("[" * 100_000)
-    elif what == "junk weights":
-        weights.write_bytes(b"junk")
-    elif what == "junk metrics":
-        (run / "metrics.jsonl").write_text("junk\n")
-    elif what == "other classes":
-        (run / "metrics.jsonl").write_text('{"class_names": ["a"]}\n')
-    elif what == "other tensors":
-        save_file({"x": torch.zeros(1)}, weights)
-    else:
-        model = build_model(TrainConfig(hidden=(24, 13), time_bins=9), 700, 3)
-        if what == "nan":
-            model.inputs[0].weight.data[3, 5] = torch.nan
-        elif what == "beyond float32":
-            model.inputs[1].bias.data.fill_(100)
-            for parameter in model.output.parameters():
-                parameter.data.fill_(3e38)
-        else:
-            model = build_model(TrainConfig(hidden=(5,), time_bins=9), 700, 3)
-        checkpoint.save_weights(weights, model)
+def weights(hidden=(24, 13), **values):
+    """The file of a network's weights, with some parameters filled."""
+    model = build_model(TrainConfig(hidden=hidden, time_bins=9), 700, 3)
+    for name, value in values.items():
+        model.get_parameter(name.replace("__", ".")).data.fill_(value)
+    return save(model.state_dict())
+
+
+HUGE = {"inputs__1__bias": 100, "output__weight": 3e38, "output__bias": 3e38}
+CONFIG, METRICS, WEIGHTS = run_folder.CONFIG, run_folder.METRICS, run_folder.WEIGHTS
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("name", "content", "message"),
     [
-        ("no config", "run is not a run folder: no config.json"),
-        ("no weights", "has no best.safetensors: no epoch was finished"),
-        ("junk config", "config.json is not valid JSON"),
-        ("listed config", "config.json: expected an object, got list"),
-        ("deep config", "config.json is not valid JSON"),
-        ("junk weights", "best.safetensors cannot be read"),
-        ("junk metrics", "metrics.jsonl: no header in its first line"),
-        ("other classes", "class_names: expected 3 names"),
-        ("other tensors", "best.safetensors cannot be read: "),
-        ("another network", "best.safetensors does not fit this network"),
-        ("nan", "inputs.0.weight holds values that are not finite"),
-        ("beyond float32", "weights: expected finite logits"),
+        (CONFIG, None, "run is not a run folder: no config.json"),
+        (CONFIG, b"{", "config.json is not valid JSON"),
+        (CONFIG, b"[]", "config.json: expected an object, got list"),
+        (CONFIG, b"[" * 100_000, "config.json is not valid JSON"),
+        (CONFIG, b'{"lrr": 1}', "config.json: unknown option 'lrr'; did you mean lr?"),
+        (WEIGHTS, None, "has no best.safetensors: no epoch was finished"),
+        (WEIGHTS, b"junk", "best.safetensors cannot be read"),
+        (WEIGHTS, save({"x": torch.zeros(1)}), "best.safetensors cannot be read: "),
+        (WEIGHTS, weights((5,)), "best.safetensors does not fit this network"),
+        (WEIGHTS, weights(inputs__0__bias=torch.nan), "inputs.0.bias holds values that are not"),
+        (WEIGHTS, weights(**HUGE), "weights: expected finite logits"),
+        (METRICS, b"junk", "metrics.jsonl: no header in its first line"),
+        (METRICS, b'{"class_names": ["a"]}', "class_names: expected 3 names"),
     ],
+    ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_a_spoiled_run_is_one_line_and_nothing_is_written(tmp_path, file, what, message, capsys):
+def test_a_spoiled_run_is_one_line_and_nothing_is_written(
+    tmp_path, file, name, content, message, capsys
+):
     run = make_run(tmp_path / "run")
-    spoil(run, what)
+    (run / name).unlink() if content is None else (run / name).write_bytes(content)
     assert predict.main([str(run), str(file), "--out", str(tmp_path / "out.csv")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
@@ -247,28 +230,24 @@ def test_a_spoiled_run_is_one_line_and_nothing_is_written(tmp_path, file, what, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
-        (["--device", "cuda:99"], "device: cuda:99 is not here"),
-        (["--batch-size", "0"], "batch_size: expected at least 1, got 0"),
-        (["--out", "/dev/null/out.csv"], "Not a directory"),
-        (["--stream"], "a cnn sees all bins at once and cannot stream"),
+        ("--device tpu", "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
+        ("--device cuda:99", "device: cuda:99 is not here"),
+        ("--batch-size 0", "batch_size: expected at least 1, got 0"),
+        ("--strem", "unknown option --strem; did you mean --stream?"),
+        ("--out /dev/null/out.csv", "Not a directory"),
+        ("--stream", "a cnn sees all bins at once and cannot stream"),
+        ("none.h5", "found nothing there"),
+        ("run/metrics.jsonl", "begins with b'"),
     ],
 )
-def test_a_wrong_option_is_one_line(tmp_path, file, more, message, capsys):
-    run = make_run(tmp_path / "run", neuron="cnn" if "--stream" in more else "gpn")
-    assert predict.main([str(run), str(file), "--out", str(tmp_path / "out.csv"), *more]) == 2
+def test_a_wrong_option_or_file_is_one_line(tmp_path, file, more, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", neuron="cnn" if more == "--stream" else "gpn")
+    argv = more.split() if more.endswith((".h5", ".jsonl")) else [str(file), *more.split()]
+    assert predict.main(["run", *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-    assert not (tmp_path / "out.csv").exists()
-
-
-def test_a_file_that_is_missing_or_no_hdf5_is_one_line(tmp_path, capsys):
-    run = make_run(tmp_path / "run")
-    (tmp_path / "junk.h5").write_text("junk")
-    for name, message in (("none.h5", "found nothing there"), ("junk.h5", "begins with b'junk'")):
-        assert predict.main([str(run), str(tmp_path / name)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ") and message in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "some.h5"]
 
 
 def test_the_module_is_a_command():
@@ -276,20 +255,3 @@ def test_the_module_is_a_command():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: run: nowhere is not a run folder: no config.json\n"
-
-
-def test_a_network_in_float32_streams_to_rounding():
-    model, x = random_network("lstm", 2, dtype=torch.float32)
-    with torch.no_grad():
-        torch.testing.assert_close(fed(model, x, 1), model(x)[0])
-
-
-def test_a_state_is_not_changed_by_going_on():
-    model, x = random_network("cuba-lif", 0)
-    with torch.no_grad():
-        state = model.stream(x[:5])[1]
-        copies = [t.clone() for layer in state.neurons for t in layer] + [state.readout.clone()]
-        model.stream(x[5:], state)
-    after = [t for layer in state.neurons for t in layer] + [state.readout]
-    assert all(torch.equal(a, b) for a, b in zip(after, copies, strict=True))
-    assert dataclasses.is_dataclass(state) and state.steps == 5

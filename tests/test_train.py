@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpn_triton import build, checkpoint, cost, engine, train
+from gpn_triton import build, cost, engine, run_folder, train
 from gpn_triton import device as machine
-from gpn_triton.config import TrainConfig
 from gpn_triton.data import binning
 from gpn_triton.data.datasets import DataSource, load_splits
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
 from gpn_triton.data.hdf5 import write_events
 from gpn_triton.model import NEURONS
+from gpn_triton.options import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -298,7 +298,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_are_named(files, monkeyp
     assert "gradients not finite in inputs.0.weight" in error
     run = only_run(files[-1])
     assert f"last good checkpoint: {run}/checkpoint-00001-000000.pt" in error
-    state, _ = checkpoint.load_checkpoint(run)
+    state, _ = run_folder.load_checkpoint(run)
     assert all(t.isfinite().all() for t in state["engine"]["model"].values())
 
 
@@ -344,7 +344,7 @@ def test_processes_together_compute_what_one_does_and_any_number_resumes(uninter
         subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, timeout=900)
 
     def outcome(run):
-        state, _ = checkpoint.load_checkpoint(run)
+        state, _ = run_folder.load_checkpoint(run)
         return state["engine"]["model"], json.loads((run / "result.json").read_text())
 
     outcomes = []
@@ -378,7 +378,7 @@ def test_a_full_disk_ends_the_run_with_one_line(files, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    monkeypatch.setattr(run_folder, "save_checkpoint", full)
     assert train.main([*files, *SMALL, "--epochs", "2"]) == 2
     assert "No space left on device" in capsys.readouterr().err
 

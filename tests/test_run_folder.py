@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpn_triton import checkpoint, files
+from gpn_triton import files, run_folder
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -22,33 +22,33 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 def test_the_newest_two_checkpoints_are_kept_and_the_newest_loaded(tmp_path):
     for step in range(4):
-        checkpoint.save_checkpoint(tmp_path, {"step": step, "t": torch.arange(step)}, 0, step)
-    assert len(list(tmp_path.iterdir())) == checkpoint.KEPT_CHECKPOINTS
-    state, path = checkpoint.load_checkpoint(tmp_path)
+        run_folder.save_checkpoint(tmp_path, {"step": step, "t": torch.arange(step)}, 0, step)
+    assert len(list(tmp_path.iterdir())) == run_folder.KEPT_CHECKPOINTS
+    state, path = run_folder.load_checkpoint(tmp_path)
     assert state["step"] == 3 and path.name == "checkpoint-00000-000003.pt"
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "half"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, capsys):
-    checkpoint.save_checkpoint(tmp_path, {"step": 1}, 0, 1)
-    path = checkpoint.save_checkpoint(tmp_path, {"step": 2}, 0, 2)
+    run_folder.save_checkpoint(tmp_path, {"step": 1}, 0, 1)
+    path = run_folder.save_checkpoint(tmp_path, {"step": 2}, 0, 2)
     path.write_bytes(path.read_bytes()[:200] if damage == "half" else damage)
-    assert checkpoint.load_checkpoint(tmp_path)[0]["step"] == 1
+    assert run_folder.load_checkpoint(tmp_path)[0]["step"] == 1
     assert "cannot be read" in capsys.readouterr().out
     path.with_name("checkpoint-00000-000001.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the checkpoints"):
-        checkpoint.load_checkpoint(tmp_path)
+        run_folder.load_checkpoint(tmp_path)
 
 
 def test_one_flipped_bit_of_a_weight_is_noticed(tmp_path):
     weight = torch.arange(1000.0)
-    checkpoint.save_checkpoint(tmp_path, {"weight": weight, "step": 1}, 0, 1)
-    path = checkpoint.save_checkpoint(tmp_path, {"weight": weight, "step": 2}, 0, 2)
+    run_folder.save_checkpoint(tmp_path, {"weight": weight, "step": 1}, 0, 1)
+    path = run_folder.save_checkpoint(tmp_path, {"weight": weight, "step": 2}, 0, 2)
     data = bytearray(path.read_bytes())
     at = data.index(weight.numpy().tobytes())
     data[at + 2000] ^= 1
     path.write_bytes(data)
-    assert checkpoint.load_checkpoint(tmp_path)[0]["step"] == 1
+    assert run_folder.load_checkpoint(tmp_path)[0]["step"] == 1
 
 
 def test_loading_a_checkpoint_executes_nothing(tmp_path):
@@ -58,7 +58,7 @@ def test_loading_a_checkpoint_executes_nothing(tmp_path):
 
     torch.save({"x": Evil()}, tmp_path / "checkpoint-00000-000001.pt")
     with pytest.raises(ValueError, match="none of the checkpoints"):
-        checkpoint.load_checkpoint(tmp_path)
+        run_folder.load_checkpoint(tmp_path)
     assert not (tmp_path / "written").exists()
 
 
@@ -67,24 +67,35 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
     left = [tmp_path / ".checkpoint-00000-000002.pt.x1", tmp_path / ".result.json.ab"]
     for path in (*kept, *left):
         path.write_bytes(b"")
-    checkpoint.remove_leftovers(tmp_path)
+    run_folder.remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.load_checkpoint(tmp_path) is None
+    assert run_folder.load_checkpoint(tmp_path) is None
+
+
+def test_metrics_are_read_back_or_named(tmp_path):
+    header, line = '{"class_names": []}', '{"epoch": 1, "activity": [0.1, 0.2]}'
+    path = tmp_path / run_folder.METRICS
+    path.write_text("\n".join([header, line, line, "cut of"]))
+    read, lines = run_folder.read_metrics(tmp_path, 2, 2, ["epoch"])
+    assert read["class_names"] == [] and [line["epoch"] for line in lines] == [1, 1]
+    for epochs, layers, names in ((3, 2, []), (2, 1, []), (2, 2, ["loss"]), (2, 2, ["activity"])):
+        with pytest.raises(ValueError, match="metrics.jsonl cannot be read"):
+            run_folder.read_metrics(tmp_path, epochs, layers, names)
 
 
 def test_weights_round_trip_and_foreign_ones_are_refused(tmp_path):
     torch.manual_seed(0)
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    checkpoint.save_weights(tmp_path / "w", model)
-    checkpoint.load_weights(tmp_path / "w", other)
+    run_folder.save_weights(tmp_path / "w", model)
+    run_folder.load_weights(tmp_path / "w", other)
     assert torch.equal(model.weight, other.weight)
     with pytest.raises(ValueError, match="does not fit this network: size mismatch for weight"):
-        checkpoint.load_weights(tmp_path / "w", torch.nn.Linear(4, 2))
+        run_folder.load_weights(tmp_path / "w", torch.nn.Linear(4, 2))
     (tmp_path / "w").write_bytes(b"junk")
     with pytest.raises(ValueError, match="does not fit this network"):
-        checkpoint.load_weights(tmp_path / "w", other)
+        run_folder.load_weights(tmp_path / "w", other)
     with pytest.raises(FileNotFoundError, match="weights: no such file"):
-        checkpoint.load_weights(tmp_path / "none", other)
+        run_folder.load_weights(tmp_path / "none", other)

@@ -1,0 +1,40 @@
+"""Published set-ups by name: what --preset puts in place of the options' defaults.
+
+small and wide are the networks of the authors' two implementations, paper the small ones at the
+time bins that the paper names, authors the small one with the habits of the authors' data pipeline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PLAIN = {"max_time": 1.0, "channel_shift": 0}
+_SMALL = {**_PLAIN, "dropout": 0.5, "schedule": "cosine"}
+_WIDE = {**_PLAIN, "dropout": 0.25, "schedule": "plateau", "epochs": 150}
+_SHD = {"dataset": "shd", "lr": 5e-4, "epochs": 150}
+_SHD_SMALL = {**_SMALL, **_SHD, "hidden": (128,), "batch_size": 32}
+_SSC_SMALL = {
+    **_SMALL,
+    "dataset": "ssc",
+    "hidden": (512, 256, 128),
+    "lr": 1e-3,
+    "weight_decay": 5e-4,
+    "batch_size": 256,
+    "epochs": 300,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "shd-small": {**_SHD_SMALL, "time_bins": 20},
+    "shd-authors": {**_SHD_SMALL, "time_bins": 20, "binning": "authors"},
+    "shd-paper": {**_SHD_SMALL, "time_bins": 40},
+    "shd-wide": {**_WIDE, **_SHD, "hidden": (1024,), "time_bins": 20, "batch_size": 128},
+    "ssc-small": {**_SSC_SMALL, "time_bins": 50},
+    "ssc-paper": {**_SSC_SMALL, "time_bins": 60},
+    "ssc-wide": {
+        **_WIDE,
+        "dataset": "ssc",
+        "hidden": (1024, 1024, 1024),
+        "time_bins": 60,
+        "lr": 1e-3,
+        "batch_size": 1024,
+    },
+}
