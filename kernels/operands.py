@@ -32,33 +32,44 @@ def to_operand(a, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_block(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, SIZE: tl.constexpr):
-    """The gate's block as it is stored, or 0.0 if absent.
+def load_weight_transposed(
+    ptr, k, n, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """The gate's block of weights [G N, N], transposed: entry [k, n] is row n, column k.
 
-    ptr + offs address the first gate's block; SIZE elements lie between two gates.
+    Nothing if the gate is absent.
     """
     if has(GATES, gate):
-        return tl.load(ptr + place(GATES, gate) * SIZE + offs, mask=mask, other=0.0)
+        return tl.load(ptr + (place(GATES, gate) * N + n) * N + k, mask=mask, other=0.0)
     else:
         return 0.0
 
 
 @triton.jit
-def load_gate(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, SIZE: tl.constexpr):
-    """load_block as a tile of float32: zeros if absent."""
+def load_weight_as_stored(
+    ptr, k, n, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """The gate's block of weights [G N, N]: entry [k, n] is row k, column n; nothing if absent."""
     if has(GATES, gate):
-        return load_block(ptr, offs, mask, gate, GATES, SIZE).to(tl.float32)
+        return tl.load(ptr + (place(GATES, gate) * N + k) * N + n, mask=mask, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def load_gate(ptr, offs, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr):
+    """The gate's tile as float32, zeros if absent; ptr + offs address the first gate's."""
+    if has(GATES, gate):
+        return tl.load(ptr + place(GATES, gate) * N + offs, mask=mask, other=0.0).to(tl.float32)
     else:
         return tl.zeros(mask.shape, tl.float32)
 
 
 @triton.jit
-def store_gate(
-    ptr, offs, value, mask, gate: tl.constexpr, GATES: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
-    """Store the gate's block, if there is one; arguments as load_block."""
+def store_gate(ptr, offs, value, mask, gate: tl.constexpr, GATES: tl.constexpr, N: tl.constexpr):
+    """Store the gate's tile, if there is one, where load_gate would read it."""
     if has(GATES, gate):
-        ptr += place(GATES, gate) * SIZE
+        ptr += place(GATES, gate) * N
         tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
 
 

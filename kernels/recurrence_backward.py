@@ -41,9 +41,9 @@ from gpn_triton.kernels.operands import (
     add_product,
     cast,
     layer_constants,
-    load_block,
     load_gate,
     load_spikes,
+    load_weight_as_stored,
     project,
     resize,
     resize_weights,
@@ -51,7 +51,7 @@ from gpn_triton.kernels.operands import (
     tile_constants,
     to_operand,
 )
-from gpn_triton.kernels.pointwise import cell_gradient, has, next_v_gradient
+from gpn_triton.kernels.pointwise import cell_gradient, has, next_v_gradient, place
 from gpn_triton.kernels.recurrence_forward import recurrence_replay
 from gpn_triton.kernels.tiles import Plan, elementwise_blocks, gradient_dtype, is_half, padded
 
@@ -144,10 +144,9 @@ def recurrence_backward_persistent_kernel(
     offs_z = rows * DEPTH + n
     k = tl.arange(0, BLOCK_N)[:, None]
     w_mask = (k < N) & (n < N)
-    offs_w = k * N + n  # the weights as they lie: [depth k, neuron n]
-    w_f = load_block(weight_v_ptr, offs_w, w_mask, "f", GATES, N * N)  # [BLOCK_N, BLOCK_N]
-    w_i = load_block(weight_v_ptr, offs_w, w_mask, "i", GATES, N * N)
-    w_b = load_block(weight_v_ptr, offs_w, w_mask, "b", GATES, N * N)
+    w_f = load_weight_as_stored(weight_v_ptr, k, n, w_mask, "f", GATES, N)
+    w_i = load_weight_as_stored(weight_v_ptr, k, n, w_mask, "i", GATES, N)
+    w_b = load_weight_as_stored(weight_v_ptr, k, n, w_mask, "b", GATES, N)
 
     rows_per_step = B.to(tl.int64)
     g_v = tl.load(g_v_ptr + first * N + offs, mask=mask, other=0.0)
@@ -165,6 +164,19 @@ def recurrence_backward_persistent_kernel(
         g_v = add_product(g_v, to_operand(g_z_f, OPERAND), w_f, "f", GATES, PRECISION)
         g_v += g_i + g_b
     tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
+
+
+@triton.jit
+def _load_open(
+    g_z_ptr, rows, k, mask, gate: tl.constexpr,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Columns k of the gate's g_z, as a product's operand; nothing if absent."""
+    if has(GATES, gate):
+        offs = rows * DEPTH + place(GATES, gate) * N + k
+        return tl.load(g_z_ptr + offs, mask=mask, other=0.0)
+    else:
+        return 0.0
 
 
 @triton.jit(do_not_specialize=["row", "start", "B"])
@@ -201,14 +213,12 @@ def recurrence_backward_stepwise_kernel(
             k = k0 + tl.arange(0, BLOCK_K)
             z_mask = row_mask & (k[None, :] < N)
             w_mask = (k[:, None] < N) & (n < N)
-            offs_open = rows * DEPTH + k[None, :]
-            offs_w = k[:, None] * N + n  # as they lie, as in the persistent kernel
-            g_z_f = load_block(open_z, offs_open, z_mask, "f", GATES, N)
-            g_z_i = load_block(open_z, offs_open, z_mask, "i", GATES, N)
-            g_z_b = load_block(open_z, offs_open, z_mask, "b", GATES, N)
-            w_f = load_block(weight_v_ptr, offs_w, w_mask, "f", GATES, N * N)
-            w_i = load_block(weight_v_ptr, offs_w, w_mask, "i", GATES, N * N)
-            w_b = load_block(weight_v_ptr, offs_w, w_mask, "b", GATES, N * N)
+            g_z_f = _load_open(open_z, rows, k[None, :], z_mask, "f", N, GATES, DEPTH)
+            g_z_i = _load_open(open_z, rows, k[None, :], z_mask, "i", N, GATES, DEPTH)
+            g_z_b = _load_open(open_z, rows, k[None, :], z_mask, "b", N, GATES, DEPTH)
+            w_f = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "f", GATES, N)
+            w_i = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "i", GATES, N)
+            w_b = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "b", GATES, N)
             g_f = add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
             g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
             g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)

@@ -36,9 +36,9 @@ from gpn_triton.kernels.operands import (
     add_product,
     cast,
     layer_constants,
-    load_block,
     load_gate,
     load_spikes,
+    load_weight_transposed,
     project,
     resize,
     resize_weights,
@@ -68,11 +68,10 @@ def recurrence_forward_persistent_kernel(
 
     k = tl.arange(0, BLOCK_N)[:, None]
     w_mask = (k < N) & (n < N)
-    offs_w = n * N + k  # the weights transposed: [depth k, neuron n]
-    w_f = load_block(weight_v_ptr, offs_w, w_mask, "f", GATES, N * N)  # [BLOCK_N, BLOCK_N]
-    w_i = load_block(weight_v_ptr, offs_w, w_mask, "i", GATES, N * N)
-    w_b = load_block(weight_v_ptr, offs_w, w_mask, "b", GATES, N * N)
-    w_theta = load_block(weight_v_ptr, offs_w, w_mask, "theta", GATES, N * N)
+    w_f = load_weight_transposed(weight_v_ptr, k, n, w_mask, "f", GATES, N)
+    w_i = load_weight_transposed(weight_v_ptr, k, n, w_mask, "i", GATES, N)
+    w_b = load_weight_transposed(weight_v_ptr, k, n, w_mask, "b", GATES, N)
+    w_theta = load_weight_transposed(weight_v_ptr, k, n, w_mask, "theta", GATES, N)
 
     v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -150,12 +149,11 @@ def _products(
         a = tl.load(a_ptr + rows * N + k[None, :], mask=row_mask & (k[None, :] < N), other=0.0)
         a = to_operand(a, OPERAND)
         w_mask = (k[:, None] < N) & (n < N)
-        offs_w = n * N + k[:, None]  # transposed, as in the persistent kernel
         # loaded at the same depth for every gate: the four products share the operand
-        w_f = load_block(w_ptr, offs_w, w_mask, "f", GATES, N * N)
-        w_i = load_block(w_ptr, offs_w, w_mask, "i", GATES, N * N)
-        w_b = load_block(w_ptr, offs_w, w_mask, "b", GATES, N * N)
-        w_theta = load_block(w_ptr, offs_w, w_mask, "theta", GATES, N * N)
+        w_f = load_weight_transposed(w_ptr, k[:, None], n, w_mask, "f", GATES, N)
+        w_i = load_weight_transposed(w_ptr, k[:, None], n, w_mask, "i", GATES, N)
+        w_b = load_weight_transposed(w_ptr, k[:, None], n, w_mask, "b", GATES, N)
+        w_theta = load_weight_transposed(w_ptr, k[:, None], n, w_mask, "theta", GATES, N)
         z_f = add_product(z_f, a, w_f, "f", GATES, PRECISION)
         z_i = add_product(z_i, a, w_i, "i", GATES, PRECISION)
         z_b = add_product(z_b, a, w_b, "b", GATES, PRECISION)

@@ -216,7 +216,7 @@ def test_peak_memory_grows_with_the_length_by_what_is_saved(T, B, N, monkeypatch
         g_out = torch.randn_like(inputs[0])
         run_once = lambda: forward_backward(inputs, g_out)  # noqa: B023, E731
         run_once()
-        peaks.append(peak_bytes(run_once, DEVICE))
+        peaks.append(peak_bytes(run_once, torch.device(DEVICE)))
     # spikes, v saved for backward and the gradient of x, float32 all; a tenth for the allocator and
     # the packed spikes
     assert peaks[1] - peaks[0] < 1.1 * 3 * T * B * N * 4
