@@ -1,5 +1,7 @@
 """explain(): its numbers are cost's, and it says which GPU it describes."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,17 +11,9 @@ from gpn_triton.model import NEURONS
 pytest.importorskip("triton")
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """explain without the seconds that the compiler takes."""
-    from triton import knobs
-
-    monkeypatch.setattr(knobs.runtime, "interpret", True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gpn", "gpn-no-i", "gpn-no-fitb"])
-def test_work_and_traffic_are_what_cost_counts(quick, name, dtype):
+def test_work_and_traffic_are_what_cost_counts(name, dtype):
     T, B, N = 100, 24, 96
     found = ops.explain(
         T, B, N, dtype, variant=name.removeprefix("gpn-") if "-" in name else "full"
@@ -33,7 +27,7 @@ def test_work_and_traffic_are_what_cost_counts(quick, name, dtype):
     assert backward == pytest.approx((both.flops / 1e9, both.bytes / 2**20))
 
 
-def test_strategy_reason_and_memory_are_named(quick):
+def test_strategy_reason_and_memory_are_named():
     small, large = ops.explain(100, 256, 128, torch.bfloat16), ops.explain(50, 256, 512)
     assert small.plan.strategy == "persistent" and large.plan.strategy == "stepwise"
     assert not small.plan.measured and "unmeasured" in str(small)
@@ -43,11 +37,14 @@ def test_strategy_reason_and_memory_are_named(quick):
     assert tenth.saved_mib == pytest.approx((2 * 110 + 4 * 4) * 256 * 128 / 2**20)
 
 
-def test_without_a_gpu_it_says_first_that_it_describes_another(quick, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_without_a_gpu_it_says_first_that_it_describes_another():
     found = ops.explain(10, 4, 16)
-    assert not found.here
-    assert str(found).startswith("there is no GPU here") and "H200" in str(found).splitlines()[0]
+    assert found.here == torch.cuda.is_available()
+    elsewhere = str(dataclasses.replace(found, here=False))
+    assert elsewhere.startswith("there is no GPU here")
+    assert "H200" in elsewhere.splitlines()[0] and "H200" not in str(
+        dataclasses.replace(found, here=True, target="a card")
+    )
 
 
 @pytest.mark.parametrize(
