@@ -100,17 +100,6 @@ def assert_as_the_loop(store, indices, config, augmentation=None, key=(0, 0)):
     return counts
 
 
-@pytest.mark.parametrize("overflow", ["drop", "clip"])
-@pytest.mark.parametrize("channel_bin", [1, 5, 7, 700, 1000])
-@pytest.mark.parametrize(("time_bins", "max_time"), [(1, 1.0), (20, 1.4), (100, 0.7), (33, 2.5)])
-def test_counts_are_those_of_a_loop(time_bins, max_time, channel_bin, overflow):
-    store = make_store(10, most=60)
-    config = BinningConfig(time_bins, max_time, channel_bin, overflow)
-    counts = assert_as_the_loop(store, [3, 1, 0, 3, 9], config)
-    events = np.diff(store.offsets)[[3, 1, 0, 3, 9]].sum()
-    assert counts.sum() == events if overflow == "clip" or max_time > 1.2 else 0 < counts.sum()
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     times=st.lists(st.lists(st.floats(0, 2, width=32), max_size=12), min_size=1, max_size=4),
@@ -171,7 +160,9 @@ def test_edges_are_as_promised(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_counts_come_in_the_dtype_asked_for(dtype):
-    assert_as_the_loop(make_store(4), [0, 2], BinningConfig(3, dtype=dtype))
+    # sample 1 is empty, sample 3 comes twice
+    config = BinningConfig(20, 0.7, channel_bin=7, dtype=dtype)
+    assert_as_the_loop(make_store(4), [3, 1, 0, 3], config)
 
 
 def test_batches_larger_than_a_block_are_counted_whole(monkeypatch):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,7 +22,6 @@ from tests.test_data_binning import (
     EDGES,
     EVERYTHING,
     KEYS,
-    naive_counts,
     on_edges,
 )
 
@@ -106,16 +104,6 @@ def test_a_part_of_a_set_is_counted_as_in_the_whole(backend, monkeypatch):
     assert whole.any() and torch.equal(counts(part, range(5), numbers), whole)
     assert torch.equal(counts(part, [2, 4], numbers), whole[:, [2, 4]])
     assert not torch.equal(counts(part, range(5)), whole)
-
-
-def test_an_augmented_count_is_that_of_a_loop_over_events():
-    store, config = make_store(5), BinningConfig(25, 1.0, channel_bin=5)
-    counts = bin_batch(
-        DeviceEvents(store, DEVICE), torch.tensor([4, 1, 2], device=DEVICE), config,
-        EVERYTHING, torch.tensor([7, 3], device=DEVICE), backend="triton",
-    )  # fmt: skip
-    expected = naive_counts(store, [4, 1, 2], config, EVERYTHING, (7, 3))
-    np.testing.assert_array_equal(counts.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("time_bins", [1, 2, 7, 100, 3000])
