@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from gpn_triton.build import build_model
-from gpn_triton.data.events import DeviceEvents, EventStore
+from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed, StreamedFeed
 from gpn_triton.engine import Engine
 from gpn_triton.options import TrainConfig
+from tests.stores import make_store
 
 CPU = torch.device("cpu")
 EPOCHS, SAMPLES, BATCH = 4, 44, 8
@@ -29,16 +29,7 @@ OPTIONS = [
 
 def store():
     """Samples of two classes that fire in different channels, 0 to 39 events each."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(SAMPLES) % 2
-    counts = rng.integers(0, 40, SAMPLES)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    times = [np.sort(rng.random(n, dtype=np.float32)) for n in counts]
-    units = [rng.integers(0, 50, n) + 40 * y for n, y in zip(counts, labels, strict=True)]
-    return EventStore(
-        np.concatenate(times), np.concatenate(units).astype(np.uint16), offsets, labels, None, 100,
-        ("a", "b"),
-    )  # fmt: skip
+    return make_store(SAMPLES, 2, None, 100, least=0, most=39, end=1.0, empty=False, band=(50, 40))
 
 
 def train(graphs=None, make_feed=None, epochs=EPOCHS, device=CPU, **options):

@@ -9,13 +9,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpn_triton.data import augmentation
 from gpn_triton.data import binning as module
 from gpn_triton.data.augmentation import Augmentation
-from gpn_triton.data.binning import BinningConfig, bin_batch
-from gpn_triton.data.events import DeviceEvents, EventStore
-from tests.stores import make_store
+from gpn_triton.data.binning import BinningConfig, batch_input, bin_batch
+from gpn_triton.data.events import DeviceEvents
+from gpn_triton.event_linear import Cells
+from tests.stores import make_store, store_of
 
 f32 = np.float32
+SHIFT, EVERYTHING = Augmentation(channel_shift=30), Augmentation(20, 0.1, 0.005, 0.1, 0.1)
+AUGMENTATIONS = {
+    "shift": SHIFT,
+    "a shift beyond all channels": Augmentation(channel_shift=5000),
+    "stretch": Augmentation(time_stretch=0.3),
+    "jitter": Augmentation(time_jitter=0.02),
+    "a jitter of seconds": Augmentation(time_jitter=3.0),
+    "drop": Augmentation(drop=0.3),
+    "noise": Augmentation(noise=0.4),
+    "more noise than events": Augmentation(noise=2.5),
+    "nothing": Augmentation(),
+    "everything": EVERYTHING,
+}
+KEYS = ((0, 0), (7, 3), (2**32 - 1, 2**31))
 
 
 def naive_fold(h, word):
@@ -61,7 +77,7 @@ def naive_events(store, k, augmentation, key):
 
 def naive_counts(store, indices, config, augmentation=Augmentation(), key=(0, 0)):  # noqa: B008
     T, width = config.time_bins, config.channel_bin
-    counts = np.zeros((T, len(indices), -(-store.num_channels // width)), f32)
+    counts = np.zeros((T, len(indices), math.ceil(store.num_channels / width)), f32)
     for place, k in enumerate(indices):
         for t, unit in naive_events(store, k, augmentation, key):
             if config.style == "authors":
@@ -84,17 +100,6 @@ def assert_as_the_loop(store, indices, config, augmentation=None, key=(0, 0)):
     return counts
 
 
-@pytest.mark.parametrize("overflow", ["drop", "clip"])
-@pytest.mark.parametrize("channel_bin", [1, 5, 7, 700, 1000])
-@pytest.mark.parametrize(("time_bins", "max_time"), [(1, 1.0), (20, 1.4), (100, 0.7), (33, 2.5)])
-def test_counts_are_those_of_a_loop(time_bins, max_time, channel_bin, overflow):
-    store = make_store(10, most=60)
-    config = BinningConfig(time_bins, max_time, channel_bin, overflow)
-    counts = assert_as_the_loop(store, [3, 1, 0, 3, 9], config)
-    events = np.diff(store.offsets)[[3, 1, 0, 3, 9]].sum()
-    assert counts.sum() == events if overflow == "clip" or max_time > 1.2 else 0 < counts.sum()
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     times=st.lists(st.lists(st.floats(0, 2, width=32), max_size=12), min_size=1, max_size=4),
@@ -108,146 +113,96 @@ def test_counts_are_those_of_a_loop(time_bins, max_time, channel_bin, overflow):
 def test_counts_of_any_events_are_those_of_a_loop(
     times, time_bins, max_time, channels, channel_bin, overflow, seed
 ):
-    offsets = np.concatenate([[0], np.cumsum([len(t) for t in times])])
-    store = EventStore(
-        times=np.array([t for sample in times for t in sorted(sample)], f32),
-        units=np.random.default_rng(seed).integers(0, channels, offsets[-1]).astype(np.uint16),
-        offsets=offsets,
-        labels=np.zeros(len(times), np.int64),
-        speakers=None,
-        num_channels=channels,
-        class_names=("a",),
-    )
+    rng = np.random.default_rng(seed)
+    samples = [(sorted(t), rng.integers(0, channels, len(t))) for t in times]
+    store = store_of(*samples, channels=channels)
     config = BinningConfig(time_bins, max_time, channel_bin, overflow)
     assert_as_the_loop(store, [*range(len(times)), 0], config)
 
 
-def one_sample(times, units):
-    return EventStore(
-        times=np.array(times, f32),
-        units=np.array(units, np.uint16),
-        offsets=np.array([0, len(times)]),
-        labels=np.zeros(1, np.int64),
-        speakers=None,
-        num_channels=700,
-        class_names=("a",),
-    )
+END = f32(1.4)
+WINDOW = store_of(([0, np.nextafter(END, f32(0)), END, 1.5], [3, 4, 5, 6]))
+HALVES = store_of((np.float16([0, 0.01, 0.5, 0.9, 0.91, 1.3]), [1, 2, 699, 3, 4, 5]))
+# of one sample: how it is binned, and its counts as {(bin, column): count}
+EDGES = {
+    "the window holds 0 but not its end": (
+        WINDOW, BinningConfig(20, 1.4), {(0, 3): 1, (19, 4): 1},
+    ),
+    "the nearest bins hold what lies outside": (
+        WINDOW, BinningConfig(20, 1.4, overflow="clip"),
+        {(0, 3): 1, (19, 4): 1, (19, 5): 1, (19, 6): 1},
+    ),
+    "events of one cell add up": (
+        store_of(([0.11, 0.12, 0.13, 0.91], [7, 7, 7, 699])), BinningConfig(10),
+        {(1, 7): 3, (9, 699): 1},
+    ),
+    "units above 32767 have their place": (
+        store_of(([0.1, 0.2], [40_000, 65_535]), channels=65_536),
+        BinningConfig(1, dtype=torch.float16), {(0, 40_000): 1, (0, 65_535): 1},
+    ),
+    "the authors' binning loses the end and channel 0": (
+        HALVES, BinningConfig(10, style="authors"),
+        {(0, 699): 1, (1, 698): 1, (5, 1): 1, (9, 697): 1},
+    ),
+    "a sample without events is empty": (store_of(([], [])), BinningConfig(4), {}),
+}  # fmt: skip
 
 
-def test_the_window_holds_0_but_not_its_end():
-    end = f32(1.4)
-    store = one_sample([0, np.nextafter(end, f32(0)), end, 1.5], [3, 4, 5, 6])
-    counts = assert_as_the_loop(store, [0], BinningConfig(20, 1.4))
-    assert counts[0, 0, 3] == 1 and counts[19, 0, 4] == 1 and counts.sum() == 2
-    counts = assert_as_the_loop(store, [0], BinningConfig(20, 1.4, overflow="clip"))
-    assert counts[19, 0, 4:7].tolist() == [1, 1, 1] and counts.sum() == 4
-
-
-def test_events_of_one_cell_add_up_and_other_cells_stay_empty():
-    store = one_sample([0.11, 0.12, 0.13, 0.91], [7, 7, 7, 699])
-    counts = assert_as_the_loop(store, [0], BinningConfig(10, 1.0))
-    assert counts[1, 0, 7] == 3 and counts[9, 0, 699] == 1 and counts.count_nonzero() == 2
-
-
-def test_units_above_32767_are_counted_in_their_place():
-    store = dataclasses.replace(one_sample([0.1, 0.2], [40_000, 65_535]), num_channels=65_536)
-    counts = assert_as_the_loop(store, [0], BinningConfig(1, 1.0))
-    assert counts.nonzero()[:, 2].tolist() == [40_000, 65_535]
-
-
-def test_samples_without_events_and_batches_without_samples_are_empty():
-    store = one_sample([], [])
-    config = BinningConfig(4, 1.0)
-    everything = Augmentation(5, 0.1, 0.01, 0.1, 0.5)
-    for augmentation in (None, everything):
-        counts = bin_batch(DeviceEvents(store), torch.tensor([0, 0]), config, augmentation, (1, 2))
-        assert counts.shape == (4, 2, 700) and not counts.any()
-        none = torch.tensor([], dtype=torch.int64)
-        assert bin_batch(DeviceEvents(store), none, config, augmentation, (1, 2)).shape[1] == 0
+@pytest.mark.parametrize("case", EDGES)
+def test_edges_are_as_promised(case):
+    store, config, expected = EDGES[case]
+    counts = assert_as_the_loop(store, [0, 0], config)
+    cells = {tuple(at): int(counts[at[0], 0, at[1]]) for at in counts[:, 0].nonzero().tolist()}
+    assert cells == expected
+    none = torch.tensor([], dtype=torch.int64)
+    assert bin_batch(DeviceEvents(store), none, config, EVERYTHING, (1, 2)).shape[1] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_counts_come_in_the_dtype_asked_for(dtype):
-    assert_as_the_loop(make_store(4), [0, 2], BinningConfig(3, dtype=dtype))
-
-
-def test_a_buffer_handed_in_is_overwritten_and_returned():
-    events, config = DeviceEvents(make_store(6)), BinningConfig(5)
-    indices = torch.tensor([0, 2, 3])
-    out = torch.full((5, 3, 700), torch.nan)
-    assert bin_batch(events, indices, config, out=out) is out
-    assert torch.equal(out, bin_batch(events, indices, config))
-    with pytest.raises(ValueError, match=r"out: expected contiguous float32 \[5, 2, 700\]"):
-        bin_batch(events, indices[:2], config, out=out)
+    # sample 1 is empty, sample 3 comes twice
+    config = BinningConfig(20, 0.7, channel_bin=7, dtype=dtype)
+    assert_as_the_loop(make_store(4), [3, 1, 0, 3], config)
 
 
 def test_batches_larger_than_a_block_are_counted_whole(monkeypatch):
     monkeypatch.setattr(module, "CPU_SAMPLES", 3)
-    everything = Augmentation(20, 0.2, 0.02, 0.2, 0.3)
-    assert_as_the_loop(make_store(11), [*range(11)], BinningConfig(7, 1.0), everything, (1, 2))
+    assert_as_the_loop(make_store(11), [*range(11)], BinningConfig(7), EVERYTHING, (1, 2))
+
+
+def on_edges(time_bins, channels=700):
+    """Samples with times on the authors' edges, and the units that they treat apart."""
+    store = make_store(4, most=120, channels=channels)
+    times, units = store.times.astype(np.float16).astype(f32), store.units.copy()
+    edges = np.float16(np.arange(time_bins)[-20:] / time_bins).astype(f32)
+    n = min(len(edges), store.offsets[1])
+    times[:n], units[1:n:3], units[2:n:3] = edges[:n], 0, channels - 1
+    return dataclasses.replace(store, times=times, units=units)
 
 
 @pytest.mark.parametrize("time_bins", [1, 2, 20, 50, 100, 1000])
 def test_the_authors_binning_is_their_loop(time_bins):
-    store = make_store(4, most=120)
-    half = store.times.astype(np.float16).astype(f32)
-    # times on edges, and the units the authors treat apart
-    edges = np.float16(np.arange(time_bins)[-20:] / time_bins).astype(f32)
-    first = store.offsets[0]
-    n = min(len(edges), store.offsets[1])
-    half[first : first + n] = edges[:n]
-    units = store.units.copy()
-    units[:n:3], units[1:n:3] = 0, 699
-    store = dataclasses.replace(store, times=half, units=units)
-    counts = assert_as_the_loop(store, [0, 2, 1, 3], BinningConfig(time_bins, style="authors"))
+    config = BinningConfig(time_bins, style="authors")
+    counts = assert_as_the_loop(on_edges(time_bins), [0, 2, 1, 3], config)
     assert not counts[:, :, 0].any()
-
-
-def test_the_authors_binning_loses_the_end_and_channel_0():
-    times = np.float16([0, 0.01, 0.5, 0.9, 0.91, 1.3])
-    store = one_sample(times, [1, 2, 699, 3, 4, 5])
-    counts = assert_as_the_loop(store, [0], BinningConfig(10, style="authors"))
-    assert counts.sum() == 4
-    assert counts[0, 0, 699] == counts[1, 0, 698] == counts[5, 0, 1] == counts[9, 0, 697] == 1
-
-
-AUGMENTATIONS = {
-    "shift": Augmentation(channel_shift=30),
-    "a shift beyond all channels": Augmentation(channel_shift=5000),
-    "stretch": Augmentation(time_stretch=0.3),
-    "jitter": Augmentation(time_jitter=0.02),
-    "a jitter of seconds": Augmentation(time_jitter=3.0),
-    "drop": Augmentation(drop=0.3),
-    "noise": Augmentation(noise=0.4),
-    "more noise than events": Augmentation(noise=2.5),
-    "everything": Augmentation(20, 0.1, 0.005, 0.1, 0.1),
-}
+    assert_as_the_loop(on_edges(time_bins), [0, 2], config, SHIFT, (1, 1))
 
 
 @pytest.mark.parametrize("overflow", ["drop", "clip"])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmented_counts_are_those_of_a_loop(name, overflow):
     store, config = make_store(8, most=80), BinningConfig(25, 1.0, overflow=overflow)
-    for key in ((0, 0), (7, 3), (2**32 - 1, 2**31)):
+    plain = bin_batch(DeviceEvents(store), torch.tensor([5, 1, 0, 7]), config)
+    for key in KEYS:
         counts = assert_as_the_loop(store, [5, 1, 0, 7], config, AUGMENTATIONS[name], key)
-        assert not torch.equal(
-            counts, bin_batch(DeviceEvents(store), torch.tensor([5, 1, 0, 7]), config)
-        )
-
-
-def test_the_authors_binning_can_be_augmented():
-    store = make_store(3)
-    store = dataclasses.replace(store, times=store.times.astype(np.float16).astype(f32))
-    config, shift = BinningConfig(20, style="authors"), Augmentation(channel_shift=40)
-    assert_as_the_loop(store, [0, 2], config, shift, (1, 1))
+        assert torch.equal(counts, plain) == (name == "nothing")
 
 
 def test_a_draw_does_not_depend_on_the_batch_and_changes_with_the_key():
     events, config = DeviceEvents(make_store(9)), BinningConfig(25, 1.0)
-    everything = AUGMENTATIONS["everything"]
 
     def counts(indices, key):
-        return bin_batch(events, torch.tensor(indices), config, everything, key)
+        return bin_batch(events, torch.tensor(indices), config, EVERYTHING, key)
 
     together = counts([*range(9)], (3, 5))
     backwards = counts([8, 7, 6, 5, 4, 3, 2, 1, 0], torch.tensor([3, 5]))
@@ -257,108 +212,99 @@ def test_a_draw_does_not_depend_on_the_batch_and_changes_with_the_key():
         assert not torch.equal(together, counts([*range(9)], key))
 
 
-def framed(store):
-    """Events whose counts are kept."""
-    events = DeviceEvents(store)
-    events.frames = module.Frames()
+@pytest.fixture
+def counted(monkeypatch):
+    """The samples that batch_input had counted, call by call; much is kept."""
+    monkeypatch.setattr(module, "KEPT_SHARE", 1000)
+    calls, count = [], module.bin_batch
+
+    def bins(events, indices, *arguments, **options):
+        calls.append(indices.tolist())
+        return count(events, indices, *arguments, **options)
+
+    monkeypatch.setattr(module, "bin_batch", bins)
+    return calls
+
+
+def keeping(store, numbers=None):
+    """Events of which counts are kept."""
+    events = DeviceEvents(store, numbers=numbers)
+    events.kept = {}
     return events
 
 
-def is_kept(events, *arguments):
-    return events.frames.batch(events, *arguments, (7, 3)) is not None
-
-
-SHIFT = AUGMENTATIONS["shift"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("options", "augmentation"),
-    [
-        (dict(time_bins=25), None),
-        (dict(time_bins=9, max_time=0.7, channel_bin=5, overflow="clip"), None),
-        (dict(time_bins=10, style="authors"), None),
-        (dict(time_bins=25), SHIFT),
-        (dict(time_bins=25), AUGMENTATIONS["a shift beyond all channels"]),
-        (dict(time_bins=25), Augmentation()),
-    ],
-)
-def test_kept_counts_are_those_of_the_events(options, augmentation, dtype, monkeypatch):
+@pytest.mark.parametrize(("options", "augmentation"), [
+    (dict(time_bins=25), None),
+    (dict(time_bins=9, max_time=0.7, channel_bin=5, overflow="clip"), None),
+    (dict(time_bins=10, style="authors"), None),
+    (dict(time_bins=25), SHIFT),
+    (dict(time_bins=25), AUGMENTATIONS["a shift beyond all channels"]),
+    (dict(time_bins=25), Augmentation()),
+])  # fmt: skip
+def test_kept_counts_are_those_of_the_events_and_made_once(options, augmentation, dtype, counted):
     store, config = make_store(20, most=60), BinningConfig(**options, dtype=dtype)
-    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
-    events, plain = framed(store), DeviceEvents(store)
+    events, plain = keeping(store), DeviceEvents(store)
     for indices in ([3, 1, 0, 3], [3, 4, 5], [*range(20)]):
-        arguments = (torch.tensor(indices), config, augmentation)
         for key in ((7, 3), torch.tensor([7, 4])):
-            counts = bin_batch(events, *arguments, key)
-            expected = bin_batch(plain, *arguments, key)
-            assert counts.dtype == dtype and torch.equal(counts, expected)
-        assert is_kept(events, *arguments)
-    out = torch.full(counts.shape, torch.nan)
-    assert torch.equal(bin_batch(events, *arguments, key, out=out), expected)
-    assert torch.equal(out.to(dtype), expected)
+            arguments = (torch.tensor(indices), config, augmentation, key)
+            counts = batch_input(events, *arguments, sparse=False)
+            assert counts.dtype == dtype and torch.equal(counts, bin_batch(plain, *arguments))
+    assert counted == [[0, 1, 3], [4, 5], [2, *range(6, 20)]]
 
 
-def test_counts_are_made_once_and_anew_for_another_binning(monkeypatch):
-    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
-    store, indices, made = make_store(9, most=60), torch.tensor([2, 5, 2]), []
-    events, count = framed(store), module._count
-    monkeypatch.setattr(
-        module, "_count", lambda e, i, *a: made.append(i.tolist()) or count(e, i, *a)
-    )
+def test_another_binning_has_counts_of_its_own(counted):
+    events, indices = keeping(make_store(9)), torch.tensor([2, 5, 2])
     for config in (BinningConfig(5), BinningConfig(6), BinningConfig(5)):
-        made.clear()
-        for augmentation in (None, SHIFT, SHIFT):
-            bin_batch(events, indices, config, augmentation, (1, 2))
-        bin_batch(events, torch.tensor([5, 6]), config)
-        assert made == [[2, 5], [6]]
+        counted.clear()
+        assert batch_input(events, indices, config, None, None, False).shape[0] == config.time_bins
+        assert counted == [[2, 5]]
 
 
-def test_a_part_of_a_set_keeps_its_counts_by_place_and_draws_by_number(monkeypatch):
-    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
+def test_a_part_of_a_set_keeps_its_counts_by_place_and_draws_by_number(counted):
     store, rows = make_store(9, most=60), torch.tensor([4, 2, 8])
-    part = DeviceEvents(store.subset(rows.numpy()), numbers=rows)
-    part.frames = module.Frames()
-    arguments = BinningConfig(25), SHIFT, (1, 2)
-    expected = bin_batch(DeviceEvents(store), rows, *arguments)
-    assert torch.equal(bin_batch(part, torch.arange(3), *arguments), expected)
-    assert is_kept(part, torch.arange(3), *arguments[:2])
+    part, arguments = keeping(store.subset(rows.numpy()), rows), (BinningConfig(25), SHIFT, (1, 2))
+    counts = batch_input(part, torch.arange(3), *arguments, sparse=False)
+    assert torch.equal(counts, bin_batch(DeviceEvents(store), rows, *arguments))
 
 
-def test_counts_that_change_or_take_too_much_memory_are_not_kept(monkeypatch):
+def test_counts_that_change_or_take_too_much_memory_are_not_kept(counted, monkeypatch):
     store, indices = make_store(6, most=60), torch.arange(6)
-    arguments = (indices, BinningConfig(25), SHIFT)
-    assert not is_kept(framed(store), *arguments)
-    size, taken = 6 * 25 * 700, 6 * len(store.times)
-    monkeypatch.setattr(module, "FRAMES_SHARE", -(-size // taken))
-    assert is_kept(framed(store), *arguments)
-    monkeypatch.setattr(module, "FRAMES_MIB", 0)
-    assert not is_kept(framed(store), *arguments)
-    monkeypatch.setattr(module, "FRAMES_MIB", 1)
+
+    def is_kept(augmentation=SHIFT, store=store, **options):
+        events, config = keeping(store), BinningConfig(**{"time_bins": 25, **options})
+        for _ in range(2):
+            counted.clear()
+            batch_input(events, indices[: len(store)], config, augmentation, (7, 3), False)
+        return not counted
+
+    assert is_kept()
     for name in ("stretch", "jitter", "drop", "noise", "everything"):
-        assert not is_kept(framed(store), indices, BinningConfig(25), AUGMENTATIONS[name])
-    for options in (dict(channel_bin=5), dict(style="authors")):
-        assert not is_kept(framed(store), indices, BinningConfig(25, **options), SHIFT)
+        assert not is_kept(AUGMENTATIONS[name])
+    assert not is_kept(channel_bin=5) and not is_kept(style="authors")
+    for most in (255, 256):
+        assert is_kept(None, store_of(([0.1] * most, [3] * most)), time_bins=2) == (most == 255)
+    monkeypatch.setattr(module, "KEPT_SHARE", 6 * 25 * 700 // (6 * len(store.times)))
+    assert not is_kept()
+    monkeypatch.setattr(module, "KEPT_SHARE", 1000)
+    monkeypatch.setattr(module, "KEPT_MIB", 0)
+    assert not is_kept()
 
 
-@pytest.mark.parametrize("most", [255, 256])
-def test_counts_above_a_byte_are_not_kept(most, monkeypatch):
-    monkeypatch.setattr(module, "FRAMES_SHARE", 1000)
-    events, config = framed(one_sample([0.1] * most, [3] * most)), BinningConfig(2)
-    for _ in range(2):
-        assert bin_batch(events, torch.tensor([0]), config)[0, 0, 3] == most
-        assert is_kept(events, torch.tensor([0]), config, None) == (most == 255)
-
-
-def test_an_augmentation_of_nothing_changes_nothing():
-    events, indices, config = DeviceEvents(make_store(5)), torch.arange(5), BinningConfig(9)
-    plain = bin_batch(events, indices, config)
-    assert torch.equal(plain, bin_batch(events, indices, config, Augmentation(), (1, 2)))
+def test_a_list_of_events_is_taken_where_it_is_sparse_and_can_be():
+    store, indices = make_store(6), torch.arange(6)
+    for channel_bin, sparse in ((100, True), (1, False), (1, True)):
+        config = BinningConfig(20, channel_bin=channel_bin)
+        batch = batch_input(DeviceEvents(store), indices, config, SHIFT, (1, 2), sparse)
+        is_list = isinstance(batch, Cells)
+        assert is_list == (sparse and channel_bin == 1)
+        counts = bin_batch(DeviceEvents(store), indices, config, SHIFT, (1, 2))
+        assert torch.equal(batch.dense() if is_list else batch, counts)
 
 
 def test_draws_are_uniform_and_independent():
-    draws, count = module.Draws((1, 2), torch.arange(200)), torch.full((200,), 500)
-    h = draws(module.JITTER, count).view(200, 500)
+    draws, count = augmentation.Draws((1, 2), torch.arange(200)), torch.full((200,), 500)
+    h = draws(augmentation.JITTER, count).view(200, 500)
     u = h.double() / 2**32
     # of 100,000 uniform draws, with tolerances of five deviations
     n = u.numel()
@@ -370,26 +316,19 @@ def test_draws_are_uniform_and_independent():
     assert abs(torch.corrcoef(torch.stack([u[1:].ravel(), u[:-1].ravel()]))[0, 1]) < 5 / math.sqrt(
         n
     )
-    z = module._near_normal(h) / module.BYTES_DEVIATION
+    z = augmentation.near_normal(h) / augmentation.BYTES_DEVIATION
     assert abs(z.mean()) < 5 / math.sqrt(n) and abs(z.std() - 1) < 5 / math.sqrt(n)
     assert len(h.unique()) > n - 10
     for bit in range(32):
         assert abs((h >> bit & 1).double().mean() - 0.5) < 2.5 / math.sqrt(n)
-    other = draws(module.DROP, count).double() / 2**32
+    other = draws(augmentation.DROP, count).double() / 2**32
     assert abs(torch.corrcoef(torch.stack([u.ravel(), other]))[0, 1]) < 5 / math.sqrt(n)
 
 
 def test_augmentations_do_what_they_say_on_average():
     S, n = 200, 200
-    store = EventStore(
-        times=np.tile((0.2 + 0.8 * (np.arange(n) + 0.5) / n).astype(f32), S),
-        units=np.full(S * n, 30, np.uint16),
-        offsets=np.arange(S + 1) * n,
-        labels=np.zeros(S, np.int64),
-        speakers=None,
-        num_channels=60,
-        class_names=("a",),
-    )
+    times = 0.2 + 0.8 * (np.arange(n) + 0.5) / n
+    store = store_of(*[(times, [30] * n)] * S, channels=60)
     events, indices, config = DeviceEvents(store), torch.arange(S), BinningConfig(400, 2.0)
 
     def counts(**options):
@@ -413,45 +352,31 @@ def test_augmentations_do_what_they_say_on_average():
     assert early == pytest.approx(0.05 / math.sqrt(2 * math.pi), rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (dict(time_bins=0), "time_bins: expected at least 1, got 0"),
-        (dict(time_bins=2.0), "time_bins: expected at least 1, got 2.0"),
-        (dict(time_bins=4, max_time=0), "max_time: expected seconds above 0, got 0"),
-        (dict(time_bins=4, max_time=math.inf), "max_time: expected seconds above 0, got inf"),
-        (dict(time_bins=4, channel_bin=0), "channel_bin: expected at least 1, got 0"),
-        (dict(time_bins=4, overflow="wrap"), "overflow: expected one of drop, clip, got 'wrap'"),
-        (dict(time_bins=4, style="ours"), "style: expected one of counts, authors, got 'ours'"),
-        (dict(time_bins=4, dtype=torch.int64), "dtype: expected one of torch.float32"),
-        (dict(time_bins=4, style="authors", max_time=1.4), "max_time: the authors' .* only 1.0"),
-        (dict(time_bins=4, style="authors", channel_bin=5), "channel_bin: the authors' .* only 1"),
-        (
-            dict(time_bins=4, style="authors", overflow="clip"),
-            "overflow: the authors' .* only drop",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("options", "expected"), [
+    (dict(time_bins=0), "time_bins: expected at least 1, got 0"),
+    (dict(time_bins=2.0), "time_bins: expected at least 1, got 2.0"),
+    (dict(max_time=0), "max_time: expected seconds above 0, got 0"),
+    (dict(max_time=math.inf), "max_time: expected seconds above 0, got inf"),
+    (dict(channel_bin=0), "channel_bin: expected at least 1, got 0"),
+    (dict(overflow="wrap"), "overflow: expected one of drop, clip, got 'wrap'"),
+    (dict(style="ours"), "style: expected one of counts, authors, got 'ours'"),
+    (dict(dtype=torch.int64), "dtype: expected one of torch.float32"),
+    (dict(style="authors", max_time=1.4), "max_time: the authors' .* only 1.0"),
+    (dict(style="authors", channel_bin=5), "channel_bin: the authors' .* only 1"),
+    (dict(style="authors", overflow="clip"), "overflow: the authors' .* only drop"),
+])  # fmt: skip
 def test_an_impossible_binning_is_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
-        BinningConfig(**options)
+        BinningConfig(**{"time_bins": 4, **options})
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(channel_shift=-1),
-        dict(time_stretch=1.0),
-        dict(time_jitter=-0.1),
-        dict(drop=1.0),
-        dict(noise=math.nan),
-        dict(noise=1e6),
-    ],
-)
-def test_an_impossible_augmentation_is_refused(options):
-    (name,) = options
+@pytest.mark.parametrize(("name", "value"), [
+    ("channel_shift", -1), ("time_stretch", 1.0), ("time_jitter", -0.1), ("drop", 1.0),
+    ("noise", math.nan), ("noise", 1e6),
+])  # fmt: skip
+def test_an_impossible_augmentation_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected 0 <= value"):
-        Augmentation(**options)
+        Augmentation(**{name: value})
 
 
 def test_wrong_arguments_of_bin_batch_are_refused():
@@ -461,12 +386,7 @@ def test_wrong_arguments_of_bin_batch_are_refused():
     with pytest.raises(ValueError, match=r"indices: .*got torch.int64 \[1, 1\]"):
         bin_batch(events, torch.tensor([[0]]), config)
     with pytest.raises(ValueError, match="draw_key: expected two integers"):
-        bin_batch(events, torch.tensor([0]), config, Augmentation(drop=0.1))
-
-
-def test_the_windows_by_default_are_the_data_sets_and_the_authors():
-    assert BinningConfig(20).max_time == 1.4
-    assert BinningConfig(20, style="authors").max_time == 1.0
+        batch_input(events, torch.tensor([0]), config, Augmentation(drop=0.1), None, False)
 
 
 def test_on_a_cpu_the_events_share_the_stores_memory():

@@ -14,7 +14,7 @@ from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import BinningConfig, bin_batch, prefers_cells
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
-from tests.stores import make_store
+from tests.stores import make_store, store_of
 
 EVERYTHING = Augmentation(20, 0.1, 0.005, 0.1, 0.1)
 CONFIG = BinningConfig(25, 1.0, channel_bin=5)
@@ -25,9 +25,33 @@ def resident(store, device="cpu"):
     return Feed(DeviceEvents(store, device))
 
 
+def mib(store, events=None):
+    """What a store's arrays take on a device, or would with so many events."""
+    events = len(store.times) if events is None else events
+    return (module.EVENT_BYTES * events + module.SAMPLE_BYTES * len(store) + 8) / module.MIB
+
+
 def streamed(store, events=10_000, device="cpu"):
     """A feed whose shards hold so many events."""
-    return StreamedFeed(store, device, 2 * module._bytes(events, len(store)) / module.MIB)
+    return StreamedFeed(store, device, 2 * mib(store, events))
+
+
+def tensors(feed):
+    return [getattr(feed.events, n) for n in ("times", "units", "offsets", "labels", "numbers")]
+
+
+class Labels(np.ndarray):
+    """A store's labels that call back with the samples that are gathered."""
+
+    def __getitem__(self, numbers):
+        self.call(numbers)
+        return np.asarray(self)[numbers]
+
+
+def watched(store, call):
+    labels = store.labels.view(Labels)
+    labels.call = call
+    return dataclasses.replace(store, labels=labels)
 
 
 def most(store, batch):
@@ -55,94 +79,83 @@ def assert_same(batches, expected):
         assert torch.equal(labels, wanted_labels)
 
 
-@pytest.fixture
-def gathers(monkeypatch):
-    """How many samples the thread was asked for, call by call."""
-    asked, gather = [], module._gather
-    monkeypatch.setattr(
-        module, "_gather", lambda s, n, to: asked.append(len(n)) or gather(s, n, to)
-    )
-    return asked
-
-
 def test_a_resident_pass_has_the_samples_of_its_order():
     store, order = make_store(21), torch.randperm(21)
     feed, events = resident(store), DeviceEvents(store)
-    for numbers in (order, torch.arange(21)):
-        batches = walk(feed, order if numbers is order else None, 5, 8)
-        for (counts, labels), expected in zip(batches, numbers[5:].split(8), strict=True):
-            assert torch.equal(counts, bin_batch(events, expected, CONFIG, EVERYTHING, KEY))
-            assert torch.equal(labels, events.labels[expected])
+    for given, numbers in ((order, order), (None, torch.arange(21))):
+        expected = [
+            (bin_batch(events, part, CONFIG, EVERYTHING, KEY), events.labels[part])
+            for part in numbers[5:].split(8)
+        ]
+        assert_same(walk(feed, given, 5, 8), expected)
 
 
 @pytest.mark.parametrize("first", [0, 16, 48])
 @pytest.mark.parametrize("capacity, samples", [(1.0, 8), (2.0, 16), (4.0, 29), (99.0, 29)])
-def test_a_streamed_pass_has_the_batches_of_a_resident_one(capacity, samples, first, gathers):
+def test_a_streamed_pass_has_the_batches_of_a_resident_one(capacity, samples, first):
     # 53 samples in batches of 8, the last of 5; sample 1 is empty
-    store = make_store(53)
-    here, stream = resident(store), streamed(store, int(capacity * most(store, 8)))
-    tensors = [*module._tensors(stream.events), stream._row]
-    addresses = [t.data_ptr() for t in tensors]
+    store, asked = make_store(53), []
+    stream = watched(store, lambda numbers: asked.append(len(numbers)))
+    here, stream = resident(store), streamed(stream, int(capacity * most(store, 8)))
+    addresses = [t.data_ptr() for t in tensors(stream)]
     for order in (torch.randperm(53), torch.randperm(53), None):
-        gathers.clear()
+        asked.clear()
         assert_same(walk(stream, order, first, 8), walk(here, order, first, 8))
         # all once, in whole batches, in shards as large as fits but for the first ones
-        assert sum(gathers) == 53 - first and not any(n % 8 for n in gathers[:-1])
-        assert gathers[0] == min(8, 53 - first) and (first or max(gathers) >= samples)
+        assert sum(asked) == 53 - first and not any(n % 8 for n in asked[:-1])
+        assert asked[0] == min(8, 53 - first) and (first or max(asked) >= samples)
         assert stream.events.longest == here.events.longest
-    assert addresses == [t.data_ptr() for t in tensors]
+    assert addresses == [t.data_ptr() for t in tensors(stream)]
 
 
-def test_shards_grow_from_one_batch_to_as_many_as_fit():
-    counts = np.array([10] * 40)
-    assert module._cuts(counts, 2, 100, 0) == [0, 2, 6, 14, 24, 34, 40]
-    assert module._cuts(counts[:7], 2, 20, 3) == [3, 5, 7, 9, 10]
-    assert module._cuts(counts[:0], 2, 20, 40) == [40]
-    assert module._cuts(np.zeros(9, int), 2, 0, 0) == [0, 2, 6, 9]
+@pytest.mark.parametrize("counts, batch, capacity, expected", [
+    ([10] * 40, 2, 100, [2, 4, 8, 10, 10, 6]),
+    ([10] * 7, 2, 20, [2, 2, 2, 1]),
+    ([0] * 9, 2, 0, [2, 4, 3]),
     # a shard that is full to the last event, and one that would have one too many
-    assert module._cuts(np.array([5, 5, 4, 6, 1, 9]), 1, 10, 0) == [0, 1, 3, 5, 6]
+    ([5, 5, 4, 6, 1, 9], 1, 10, [1, 2, 2, 1]),
+])  # fmt: skip
+def test_shards_grow_from_one_batch_to_as_many_as_fit(counts, batch, capacity, expected):
+    asked, store = [], store_of(*[([0.1] * n, [3] * n) for n in counts])
+    stream = streamed(watched(store, lambda numbers: asked.append(len(numbers))), capacity)
+    stream.start(None, 0, batch)
+    for first in range(0, len(counts), batch):
+        stream.ahead(min(batch, len(counts) - first))
+    assert asked == expected
 
 
 def test_a_batch_may_be_asked_for_in_parts():
     store, order = make_store(20), torch.randperm(20)
-    whole, parts = walk(resident(store), order, 0, 8), []
     stream = streamed(store, most(store, 8))
     stream.start(order, 0, 8)
-    for size in (8, 8, 4):
-        parts.append([next_batch(stream, size // 2) for _ in range(2)])
-    joined = [(torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]])) for a, b in parts]
-    assert_same(joined, whole)
+    halves = [next_batch(stream, size) for size in (4, 4, 4, 4, 2, 2)]
+    joined = [
+        (torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]]))
+        for a, b in zip(halves[::2], halves[1::2], strict=True)
+    ]
+    assert_same(joined, walk(resident(store), order, 0, 8))
 
 
-def test_an_order_may_change_behind_the_feeds_back():
+@pytest.mark.parametrize("make", [resident, streamed])
+def test_an_order_may_change_behind_the_feeds_back(make, monkeypatch):
+    # some of a shard's samples are gathered at a time
+    monkeypatch.setattr(module, "GATHERED", 3)
     store, order = make_store(30), torch.randperm(30)
-    expected = walk(resident(store), order, 0, 8)
-    for feed in (resident(store), streamed(store, most(store, 8))):
-        given = order.clone()
-        feed.start(given, 0, 8)
-        given.zero_()
-        assert_same([next_batch(feed, min(8, 30 - a)) for a in range(0, 30, 8)], expected)
-
-
-def test_a_set_without_events_is_streamed_too():
-    store = make_store(9)
-    store = dataclasses.replace(
-        store, times=store.times[:0], units=store.units[:0], offsets=np.zeros(10, np.int64)
-    )
-    for counts, labels in walk(streamed(store), torch.arange(9), 0, 4):
-        assert not counts.any() and len(labels) == counts.shape[1]
+    expected, feed = walk(resident(store), order, 0, 8), make(store)
+    feed.start(order, 0, 8)
+    order.zero_()
+    assert_same([next_batch(feed, min(8, 30 - a)) for a in range(0, 30, 8)], expected)
 
 
 def test_a_shard_is_taken_for_dense_or_sparse_as_the_whole_set():
     store = make_store(40)
     stream, whole = streamed(store, most(store, 4)), DeviceEvents(store)
     stream.start(None, 0, 4)
-    found = set()
-    for bins in (1, 2, 3, 5, 100):
-        config = BinningConfig(bins, channel_bin=100)
-        found.add(prefers_cells(whole, config))
-        assert prefers_cells(stream.events, config) == prefers_cells(whole, config)
-    assert found == {True, False}
+    stream.ahead(4)
+    configs = [BinningConfig(bins, channel_bin=100) for bins in (1, 2, 3, 5, 100)]
+    found = [prefers_cells(stream.events, config) for config in configs]
+    assert found == [prefers_cells(whole, config) for config in configs]
+    assert set(found) == {True, False}
 
 
 def test_a_batch_larger_than_a_shard_is_refused_with_what_would_do():
@@ -180,41 +193,36 @@ def test_passes_that_cannot_be_are_refused(make):
     feed.start(None, 10, 4)
     with pytest.raises(ValueError, match="size: expected at most 0"):
         feed.ahead(1)
+    # a batch cannot span two shards
+    if make is streamed:
+        feed.start(None, 0, 4)
+        with pytest.raises(ValueError, match="size: expected at most 4, the samples left, got 6"):
+            feed.ahead(6)
 
 
-def test_a_batch_that_spans_two_shards_is_refused():
-    stream = streamed(make_store(20))
-    stream.start(None, 0, 4)
-    with pytest.raises(ValueError, match="size: expected at most 4, the samples left, got 6"):
-        stream.ahead(6)
+def test_what_the_thread_raises_is_raised_in_ahead_and_the_next_pass_is_whole():
+    store, order, calls = make_store(40), torch.randperm(40), []
 
-
-def test_what_the_thread_raises_is_raised_in_ahead_and_the_next_pass_is_whole(monkeypatch):
-    store, order = make_store(40), torch.randperm(40)
-    expected, stream = walk(resident(store), order, 0, 4), streamed(store, most(store, 4))
-    gather, calls = module._gather, []
-
-    def fail(*arguments):
+    def fail(_):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) in (4, 8):
             raise OSError("the disk has gone")
-        return gather(*arguments)
 
-    monkeypatch.setattr(module, "_gather", fail)
+    expected = walk(resident(store), order, 0, 4)
+    stream = streamed(watched(store, fail), most(store, 4))
     for _ in range(2):
         with pytest.raises(OSError, match="the disk has gone"):
             walk(stream, order, 0, 4)
-        calls[:] = calls[:3]
-    calls.append(1)
+        calls += [1] * (4 - len(calls))
+    calls += [1] * 8
     assert_same(walk(stream, order, 0, 4), expected)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_pass_given_up_midway_leaves_nothing_behind(batches, monkeypatch):
+def test_a_pass_given_up_midway_leaves_nothing_behind(batches):
     store, order = make_store(40), torch.randperm(40)
-    expected, gather = walk(resident(store), order, 0, 4), module._gather
-    monkeypatch.setattr(module, "_gather", lambda *a: time.sleep(0.01) or gather(*a))
-    stream = streamed(store, 2 * most(store, 4))
+    expected = walk(resident(store), order, 0, 4)
+    stream = streamed(watched(store, lambda _: time.sleep(0.01)), 2 * most(store, 4))
     before = set(threading.enumerate())
     for _ in range(3):
         stream.start(torch.randperm(40), 0, 4)
@@ -224,12 +232,11 @@ def test_a_pass_given_up_midway_leaves_nothing_behind(batches, monkeypatch):
     assert len(set(threading.enumerate()) - before) == 1
 
 
-def test_the_thread_ends_with_its_feed(monkeypatch):
-    gather = module._gather
-    monkeypatch.setattr(module, "_gather", lambda *a: time.sleep(0.05) or gather(*a))
+def test_the_thread_ends_with_its_feed():
+    store = watched(make_store(40), lambda _: time.sleep(0.05))
     before = set(threading.enumerate())
     for batches in (0, 1):
-        stream = streamed(make_store(40), 1000)
+        stream = streamed(store, 1000)
         stream.start(None, 0, 4)
         for _ in range(batches):
             next_batch(stream, 4)
@@ -240,36 +247,30 @@ def test_the_thread_ends_with_its_feed(monkeypatch):
         assert not thread.is_alive()
 
 
-def test_what_is_gathered_in_blocks_is_whole(monkeypatch):
-    monkeypatch.setattr(module, "GATHERED", 3)
-    store, order = make_store(20), torch.randperm(20)
-    assert_same(walk(streamed(store), order, 0, 10), walk(resident(store), order, 0, 10))
-
-
 def test_a_set_is_resident_where_it_fits_and_else_streamed():
     store = make_store(2000, most=3000)
-    size = module._bytes(len(store.times), 2000) / module.MIB
+    size = mib(store)
     feed, line = make_feed(store, "cpu")
     assert isinstance(feed, Feed) and line == f"events: {size:.0f} MiB, resident on cpu"
-    assert feed.events.frames is not None
+    assert feed.events.kept == {}
     feed, line = make_feed(store, "cpu", int(size) + 1)
     assert isinstance(feed, Feed) and line.endswith(f"resident on cpu (limit {int(size) + 1} MiB)")
-    assert feed.events.frames is None
+    assert feed.events.kept is None
     feed, line = make_feed(store, torch.device("cpu"), 10)
     assert isinstance(feed, StreamedFeed) and len(feed) == 2000
     assert line == (
         f"events: {size:.0f} MiB, streamed in shards of up to 5 MiB "
         "(limit 10 MiB: one shard in use, one on its way)"
     )
-    assert feed.events.frames is None
-    # as much as promised, and no more
-    taken = sum(t.nbytes for t in [*module._tensors(feed.events), *feed._staging])
+    assert feed.events.kept is None
+    # as much as promised, and no more: a shard in use, and one on its way
+    taken = 2 * sum(t.nbytes for t in tensors(feed))
     assert 10 * module.MIB - 100 < taken <= 10 * module.MIB
 
 
 def test_by_default_half_of_a_gpus_free_memory_is_taken(monkeypatch):
     store = make_store(2000, most=3000)
-    size = module._bytes(len(store.times), 2000)
+    size = round(mib(store) * module.MIB)
     monkeypatch.setattr(module, "DeviceEvents", lambda *_: None)
     monkeypatch.setattr(module, "Feed", lambda _: "resident")
     monkeypatch.setattr(module, "StreamedFeed", lambda *arguments: ("streamed", *arguments))

@@ -13,33 +13,24 @@ import pytest
 from gpn_triton.data import hdf5, hdf5_reader
 from gpn_triton.data.events import unsorted_samples
 from gpn_triton.data.hdf5 import read_events, write_events
-from tests.stores import make_store
+from tests.stores import make_store, store_of
 
 TIMES = [[0.1, 0.2, 0.3], [0.05], []]
 UNITS = [[5, 699, 0], [7], []]
 
 
-def write_layout(
-    path,
-    times=TIMES,
-    units=UNITS,
-    labels=(0, 1, 1),
-    times_dtype=np.float16,
-    units_dtype=np.uint16,
-    labels_dtype=np.uint16,
-    **extra,
-):
-    """A file written by h5py alone, as its makers do; what is None is left out."""
+def write_layout(path, times=TIMES, units=UNITS, labels=(0, 1, 1), t="f2", u="u2", y="u2", **extra):
+    """A file written by h5py alone, as its makers do, with times of type t, units of u and labels
+    of y; what is None is left out."""
     with h5py.File(path, "w") as file:
-        for name, rows, dtype in (("times", times, times_dtype), ("units", units, units_dtype)):
+        for name, rows, dtype in (("times", times, t), ("units", units, u)):
             if rows is not None:
-                data = file.create_dataset(
-                    f"spikes/{name}", (len(rows),), dtype=h5py.vlen_dtype(np.dtype(dtype))
-                )
+                type_ = h5py.vlen_dtype(np.dtype(dtype))
+                data = file.create_dataset(f"spikes/{name}", (len(rows),), dtype=type_)
                 for k, row in enumerate(rows):
                     data[k] = np.array(row, dtype)
         if labels is not None:
-            file["labels"] = np.array(labels, labels_dtype)
+            file["labels"] = np.array(labels, y)
         for name, value in extra.items():
             file[f"extra/{name}"] = value
     return path
@@ -95,9 +86,7 @@ def test_the_published_layout_is_read(tmp_path, in_process):
 @pytest.mark.parametrize("times_dtype", ["f2", "f4", "f8"])
 @pytest.mark.parametrize("units_dtype", ["u2", "i4", "i8", "u8"])
 def test_any_stored_number_type_is_read(tmp_path, in_process, times_dtype, units_dtype):
-    path = write_layout(
-        tmp_path / "a.h5", times_dtype=times_dtype, units_dtype=units_dtype, labels_dtype=">i8"
-    )
+    path = write_layout(tmp_path / "a.h5", t=times_dtype, u=units_dtype, y=">i8")
     store = read_events(path, use_cache=False)
     expected = np.array([0.1, 0.2, 0.3, 0.05], times_dtype).astype(np.float32)
     np.testing.assert_array_equal(store.times, expected)
@@ -116,9 +105,8 @@ def test_unsorted_times_are_sorted_with_their_units(tmp_path, in_process):
 
 
 def test_a_file_without_any_event_is_legal(tmp_path, in_process):
-    store = read_events(
-        write_layout(tmp_path / "a.h5", times=[[], []], units=[[], []], labels=[0, 0])
-    )
+    path = write_layout(tmp_path / "a.h5", times=[[], []], units=[[], []], labels=[0, 0])
+    store = read_events(path)
     assert len(store) == 2 and len(store.times) == 0
     assert "0 events a sample" in store.summary()
 
@@ -139,15 +127,12 @@ def test_a_class_without_samples_is_legal_with_a_warning(tmp_path, in_process):
             assert read_events(path).class_names == ("a", "b", "c", "d")
 
 
-def test_without_names_classes_are_numbered_up_to_the_largest_label(tmp_path, in_process):
-    with pytest.warns(UserWarning, match="no sample: 1, 2"):
-        store = read_events(write_layout(tmp_path / "a.h5", labels=[0, 3, 3]))
+@pytest.mark.filterwarnings("ignore:.*no sample")
+def test_classes_without_names_and_speakers_with_names_are_numbered(tmp_path, in_process):
+    path = write_layout(tmp_path / "a.h5", labels=[0, 3, 3], speaker=[b"zoe", b"adam", b"zoe"])
+    store = read_events(path)
     assert store.class_names == ("0", "1", "2", "3")
-
-
-def test_speakers_named_by_strings_are_numbered(tmp_path, in_process):
-    path = write_layout(tmp_path / "a.h5", speaker=[b"zoe", b"adam", b"zoe"])
-    np.testing.assert_array_equal(read_events(path).speakers, [1, 0, 1])
+    np.testing.assert_array_equal(store.speakers, [1, 0, 1])
 
 
 # errors: one line that names the file, what was expected and what came
@@ -156,25 +141,22 @@ BAD = {
     "no spikes": (dict(times=None, units=None), "expected a dataset spikes/times, got a file with"),
     "no units": (dict(units=None), "expected a dataset spikes/units"),
     "no labels": (dict(labels=None), "expected a dataset labels"),
-    "another byte order": (dict(times_dtype=">f4"), "times: expected this machine's byte order"),
+    "another byte order": (dict(t=">f4"), "times: expected this machine's byte order"),
     "no samples": (dict(times=[], units=[], labels=[]), "at least one sample, got none"),
-    "whole-number times": (dict(times_dtype="i4"), "spikes/times: expected floating-.*, got int32"),
-    "fractional units": (dict(units_dtype="f4"), "spikes/units: expected whole num.*, got float32"),
-    "fractional labels": (dict(labels_dtype="f4"), "labels: expected whole numbers, got float32"),
-    "labels of words": (dict(labels=[b"a"] * 3, labels_dtype="S1"), "labels: expected whole"),
+    "whole-number times": (dict(t="i4"), "spikes/times: expected floating-.*, got int32"),
+    "fractional units": (dict(u="f4"), "spikes/units: expected whole num.*, got float32"),
+    "fractional labels": (dict(y="f4"), "labels: expected whole numbers, got float32"),
+    "labels of words": (dict(labels=[b"a"] * 3, y="S1"), "labels: expected whole"),
     "two labels a sample": (dict(labels=[[0, 1]] * 3), r"labels: .* got shape \(3, 2\)"),
     "a label too many": (dict(labels=[0] * 4), r"spikes/times: expected 4 samples.*\(3,\)"),
     "a row too few": (dict(units=UNITS[:2]), r"spikes/units: expected 3 samples.*\(2,\)"),
-    "rows of other lengths": (
-        dict(units=[[1, 2, 3], [7, 7], []]),
-        "sample 1 has 2 units and 1 times",
-    ),
+    "rows of other lengths": (dict(units=[[1, 2, 3], [7, 7], []]), "1 has 2 units and 1 times"),
     "a unit too high": (dict(units=[[5, 700, 0], [7], []]), r"spikes/units: expected 0\.\.699"),
-    "a unit below 0": (dict(units=[[5, -1, 0], [7], []], units_dtype="i2"), r"units.*got -1\.\."),
-    "a huge unit": (dict(units=[[2**40, 1, 0], [7], []], units_dtype="i8"), "units.*1099511627776"),
-    "a label below 0": (dict(labels=[0, -1, 1], labels_dtype="i4"), r"labels: .*got -1\.\.1"),
+    "a unit below 0": (dict(units=[[5, -1, 0], [7], []], u="i2"), r"units.*got -1\.\."),
+    "a huge unit": (dict(units=[[2**40, 1, 0], [7], []], u="i8"), "units.*1099511627776"),
+    "a label below 0": (dict(labels=[0, -1, 1], y="i4"), r"labels: .*got -1\.\.1"),
     "a label without a name": (dict(keys=[b"a"]), r"labels: expected 0\.\.0, got 0\.\.1"),
-    "a huge label": (dict(labels=[0, 1, 2**40], labels_dtype="i8"), r"labels: expected 0\.\.65535"),
+    "a huge label": (dict(labels=[0, 1, 2**40], y="i8"), r"labels: expected 0\.\.65535"),
     "a negative time": (dict(times=[[-0.1, 0.2, 0.3], [0], []]), "spikes/times: .* seconds, got -"),
     "a time that is no number": (dict(times=[[0.1, np.nan, 0.3], [0], []]), "times: .*nan"),
     "an infinite time": (dict(times=[[0.1, np.inf, 0.3], [0], []]), "times: .*inf"),
@@ -195,59 +177,29 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, in_process, case):
 
 
 def test_a_table_of_equal_rows_and_a_group_are_not_the_layout(tmp_path, in_process):
-    with h5py.File(tmp_path / "dense.h5", "w") as file:
+    path = write_layout(tmp_path / "a.h5", times=None, units=None)
+    with h5py.File(path, "a") as file:
         file["spikes/times"] = np.zeros((3, 5))
-        file["spikes/units"] = np.zeros((3, 5), int)
-        file["labels"] = np.zeros(3, int)
     with pytest.raises(ValueError, match="spikes/times: expected a variable length per sample"):
-        read_events(tmp_path / "dense.h5")
-    with h5py.File(tmp_path / "group.h5", "w") as file:
+        read_events(path)
+    with h5py.File(path, "w") as file:
         file["labels/x"] = 1
     with pytest.raises(ValueError, match="labels: expected a dataset, got a group"):
-        read_events(tmp_path / "group.h5")
+        read_events(path)
 
 
 def test_what_is_no_hdf5_file_is_refused(tmp_path):
-    (tmp_path / "text.h5").write_text("label,time,unit\n")
-    with pytest.raises(ValueError, match="text.h5: expected an HDF5 file, got .*label"):
-        read_events(tmp_path / "text.h5")
-    (tmp_path / "empty.h5").touch()
-    with pytest.raises(ValueError, match="empty.h5: expected an HDF5 file"):
-        read_events(tmp_path / "empty.h5")
+    path = tmp_path / "text.h5"
+    for text in ("label,time,unit", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"text.h5: expected an HDF5 file, got .*{text[:5]}"):
+            read_events(path)
     with pytest.raises(FileNotFoundError, match="none.h5: .*found nothing there"):
         read_events(tmp_path / "none.h5")
     with pytest.raises(FileNotFoundError, match="found a folder"):
         read_events(tmp_path)
     with pytest.raises(ValueError, match="num_channels: expected 1..65536, got 0"):
-        read_events(tmp_path / "text.h5", num_channels=0)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.99])
-def test_a_truncated_file_is_refused(tmp_path, share):
-    write_events(tmp_path / "a.h5", make_store(200))
-    whole = (tmp_path / "a.h5").read_bytes()
-    (tmp_path / "a.h5").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match="a.h5: expected a readable HDF5 file, got: .*truncated"):
-        read_events(tmp_path / "a.h5")
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_damaged_file_is_refused_or_read_within_its_promises(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(hdf5, "READ_SECONDS", 5.0)
-    path = tmp_path / "a.h5"
-    write_layout(path, speaker=[1, 2, 3], keys=[b"a", b"b"])
-    damaged = bytearray(path.read_bytes())
-    rng = np.random.default_rng(seed)
-    for at in rng.integers(8, len(damaged), 10):
-        damaged[at] = rng.integers(256)
-    path.write_bytes(damaged)
-    try:
-        store = read_events(path)
-    except ValueError as error:
-        assert str(error).startswith(f"{path}: expected") or ": expected" in str(error)
-        assert "\n" not in str(error)
-    else:
-        store.validate("damaged")
+        read_events(path, num_channels=0)
 
 
 READERS = {
@@ -297,6 +249,16 @@ def count_parses(monkeypatch, in_process):
     return parses
 
 
+@pytest.fixture
+def path(tmp_path, count_parses):
+    """A file of STORE."""
+    write_events(tmp_path / "a.h5", STORE)
+    return tmp_path / "a.h5"
+
+
+STORE = make_store(200)
+
+
 def caches(folder):
     return sorted(p.name for p in folder.iterdir() if p.name.endswith(".cache.npz"))
 
@@ -314,9 +276,7 @@ def test_the_second_read_comes_from_the_cache_and_is_the_same(tmp_path, count_pa
 
 
 @pytest.mark.parametrize("where", [0.02, 0.5, 0.999])
-def test_a_file_changed_behind_the_clock_is_parsed_again(tmp_path, count_parses, where):
-    path = tmp_path / "a.h5"
-    write_events(path, make_store(400, most=200))
+def test_a_file_changed_behind_the_clock_is_parsed_again(path, count_parses, where):
     read_events(path)
     status = path.stat()
     contents = bytearray(path.read_bytes())
@@ -330,9 +290,7 @@ def test_a_file_changed_behind_the_clock_is_parsed_again(tmp_path, count_parses,
     assert count_parses == ["a.h5", "a.h5"]
 
 
-def test_another_time_of_change_or_channel_count_is_another_cache(tmp_path, count_parses):
-    path = tmp_path / "a.h5"
-    write_events(path, make_store())
+def test_another_time_of_change_or_channel_count_is_another_cache(path, tmp_path, count_parses):
     read_events(path)
     os.utime(path, ns=(1, 1))
     read_events(path)
@@ -349,112 +307,84 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path, count_parses, case):
-    path = tmp_path / "a.h5"
-    store = make_store(200)
-    write_events(path, store)
+def test_a_damaged_cache_is_made_anew_with_a_warning(path, tmp_path, count_parses, case):
     read_events(path)
     cache = tmp_path / caches(tmp_path)[0]
     good = cache.read_bytes()
     cache.write_bytes(DAMAGES[case](good))
     with pytest.warns(UserWarning, match=f"{cache.name}: damaged cache, made anew"):
-        assert_same(read_events(path), store)
-    assert len(count_parses) == 2
+        assert_same(read_events(path), STORE)
     read_events(path)
     assert len(count_parses) == 2
 
 
-def test_a_cache_that_breaks_a_promise_is_not_believed(tmp_path, count_parses):
-    path = tmp_path / "a.h5"
-    store = make_store()
-    write_events(path, store)
+def test_a_cache_that_breaks_a_promise_is_not_believed(path, tmp_path):
     read_events(path)
     cache = tmp_path / caches(tmp_path)[0]
     arrays = dict(np.load(cache))
     arrays["units"] = arrays["units"] + np.uint16(700)
     np.savez(cache, **arrays)
     with pytest.warns(UserWarning, match="units: expected 0..699"):
-        assert_same(read_events(path), store)
+        assert_same(read_events(path), STORE)
 
 
-def test_cache_dir_is_made_and_used(tmp_path, count_parses):
-    path = tmp_path / "a.h5"
-    write_events(path, make_store())
+def test_cache_dir_is_made_and_used(path, tmp_path, count_parses):
     for _ in range(2):
         read_events(path, cache_dir=tmp_path / "deep" / "down")
     assert len(count_parses) == 1
     assert caches(tmp_path) == [] and len(caches(tmp_path / "deep" / "down")) == 1
 
 
-def test_where_no_cache_can_be_written_a_warning_says_so(tmp_path, in_process):
-    path = tmp_path / "a.h5"
-    store = make_store()
-    write_events(path, store)
-    with pytest.warns(UserWarning, match="no cache of a.h5 could be written .File exists"):
-        assert_same(read_events(path, cache_dir=path), store)
-
-
-def test_a_full_disk_leaves_no_cache_and_a_warning(tmp_path, in_process, monkeypatch):
+def test_where_no_cache_can_be_written_a_warning_says_so(path, tmp_path, monkeypatch):
     def savez(file, **arrays):
         file.write(b"half of")
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    with pytest.warns(UserWarning, match="no cache of a.h5 could be written .File exists"):
+        assert_same(read_events(path, cache_dir=path), STORE)
     monkeypatch.setattr(np, "savez", savez)
-    path = tmp_path / "a.h5"
-    store = make_store()
-    write_events(path, store)
     with pytest.warns(UserWarning, match="No space left on device"):
-        assert_same(read_events(path), store)
+        assert_same(read_events(path), STORE)
     assert os.listdir(tmp_path) == ["a.h5"]
 
 
-def test_without_use_cache_none_is_read_or_written(tmp_path, count_parses):
-    path = tmp_path / "a.h5"
-    write_events(path, make_store())
+def test_without_use_cache_none_is_read_or_written(path, tmp_path, count_parses):
     for _ in range(2):
         read_events(path, use_cache=False)
     assert len(count_parses) == 2 and os.listdir(tmp_path) == ["a.h5"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, in_process, monkeypatch):
-    path = tmp_path / "a.h5"
-    store = make_store()
-    write_events(path, store)
+def test_a_failed_write_leaves_the_old_file(path, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError):
         write_events(path, make_store(seed=1))
     assert os.listdir(tmp_path) == ["a.h5"]
-    assert_same(read_events(path, use_cache=False), store)
+    assert_same(read_events(path, use_cache=False), STORE)
 
 
 # the store
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("times", np.zeros(3), r"times: expected float32 \[3\], got float64"),
-        ("units", np.zeros(2, np.uint16), r"units: expected uint16 \[[0-9]+\], got uint16 \[2\]"),
-        ("labels", np.array([0, 1]), "offsets: expected int64"),
-        ("labels", np.full(12, 3), r"labels: expected 0\.\.2, got 3\.\.3"),
-        ("offsets", np.arange(13) * 7, "offsets: expected to rise from 0"),
-        ("speakers", np.zeros(11, np.int32), "speakers: expected"),
-        ("num_channels", 10, r"units: expected 0\.\.9"),
-    ],
-)
+@pytest.mark.parametrize(("field", "value", "expected"), [
+    ("times", np.zeros(3), r"times: expected float32 \[3\], got float64"),
+    ("units", np.zeros(2, np.uint16), r"units: expected uint16 \[[0-9]+\], got uint16 \[2\]"),
+    ("labels", np.array([0, 1]), "offsets: expected int64"),
+    ("labels", np.full(12, 3), r"labels: expected 0\.\.2, got 3\.\.3"),
+    ("offsets", np.arange(13) * 7, "offsets: expected to rise from 0"),
+    ("speakers", np.zeros(11, np.int32), "speakers: expected"),
+    ("num_channels", 10, r"units: expected 0\.\.9"),
+])  # fmt: skip
 def test_validate_names_what_is_wrong(field, value, expected):
     with pytest.raises(ValueError, match=f"^mine: {expected}"):
         dataclasses.replace(make_store(), **{field: value}).validate("mine")
 
 
 def test_validate_sees_unsorted_times_but_not_between_samples():
-    store = make_store()
+    store = store_of(([0.1, 1.3], [1, 1]), ([0.2, 0.3], [1, 1]))
     assert store.validate("mine") is store
-    first = store.times.copy()
-    k = int(np.argmax(np.diff(store.offsets)))
-    first[store.offsets[k]] = 1.3
-    with pytest.raises(ValueError, match=f"times: expected sorted, sample {k} is not"):
-        dataclasses.replace(store, times=first).validate("mine")
+    store.times[2] = 0.4
+    with pytest.raises(ValueError, match="times: expected sorted, sample 1 is not"):
+        store.validate("mine")
 
 
 def test_unsorted_samples_are_found_across_blocks(monkeypatch):
@@ -478,16 +408,10 @@ def test_the_fingerprint_changes_with_every_field():
     store = make_store()
     swapped = store.units.copy()
     swapped[-1] ^= 1
-    others = [
-        dataclasses.replace(store, **{name: value})
-        for name, value in (
-            ("units", swapped),
-            ("times", store.times + np.float32(1e-3)),
-            ("labels", store.labels[::-1].copy()),
-            ("speakers", None),
-            ("num_channels", 701),
-            ("class_names", ("a", "b", "c")),
-        )
-    ]
-    prints = {s.fingerprint() for s in (store, *others)}
-    assert len(prints) == 7 and make_store().fingerprint() == store.fingerprint()
+    changes = dict(
+        units=swapped, times=store.times + np.float32(1e-3), labels=store.labels[::-1].copy(),
+        speakers=None, num_channels=701, class_names=("a", "b", "c"),
+    )  # fmt: skip
+    others = [dataclasses.replace(store, **{name: value}) for name, value in changes.items()]
+    assert len({s.fingerprint() for s in (store, *others)}) == 7
+    assert make_store().fingerprint() == store.fingerprint()

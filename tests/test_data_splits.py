@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-import gpn_triton.data as data
-from gpn_triton.data.datasets import load_splits
+from gpn_triton.data import datasets
+from gpn_triton.data.datasets import DataSource, load_splits
 from gpn_triton.data.hdf5 import read_events, write_events
 from gpn_triton.data.splits import choose_split, hold_out_speakers, stratified_split
 from tests.stores import make_store
@@ -28,17 +28,14 @@ def assert_parts(store, kept, held):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(
-    ("sizes", "fraction", "low", "high"),
-    [
-        ([80, 110, 95, 105, 90, 100, 100, 120, 90, 110], 0.1, 0.08, 0.12),
-        ([80, 110, 95, 105, 90, 100, 100, 120, 90, 110], 0.3, 0.24, 0.36),
-        ([5] * 200, 0.1, 0.08, 0.12),
-        ([450] * 4, 0.1, 0.25, 0.25),
-        ([900, 60, 40], 0.1, 0.04, 0.1),
-        ([10, 10], 0.01, 0.5, 0.5),
-    ],
-)
+@pytest.mark.parametrize(("sizes", "fraction", "low", "high"), [
+    ([80, 110, 95, 105, 90, 100, 100, 120, 90, 110], 0.1, 0.08, 0.12),
+    ([80, 110, 95, 105, 90, 100, 100, 120, 90, 110], 0.3, 0.24, 0.36),
+    ([5] * 200, 0.1, 0.08, 0.12),
+    ([450] * 4, 0.1, 0.25, 0.25),
+    ([900, 60, 40], 0.1, 0.04, 0.1),
+    ([10, 10], 0.01, 0.5, 0.5),
+])  # fmt: skip
 def test_held_out_speakers_are_whole_and_near_the_fraction(sizes, fraction, low, high, seed):
     store = with_speakers(sizes)
     kept, held = hold_out_speakers(store, fraction, seed)
@@ -49,11 +46,11 @@ def test_held_out_speakers_are_whole_and_near_the_fraction(sizes, fraction, low,
 
 def test_the_seed_decides_which_speakers():
     store = with_speakers([100] * 10)
-    chosen = [store.speakers[hold_out_speakers(store, 0.1, seed)[1]][0] for seed in range(20)]
-    assert len(set(chosen)) > 3
-    assert chosen == [
-        store.speakers[hold_out_speakers(store, 0.1, seed)[1]][0] for seed in range(20)
-    ]
+    chosen, again = (
+        [store.speakers[hold_out_speakers(store, 0.1, seed)[1]][0] for seed in range(20)]
+        for _ in range(2)
+    )
+    assert len(set(chosen)) > 3 and chosen == again
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -105,28 +102,23 @@ def test_a_fraction_outside_0_to_1_is_refused(split, fraction):
         split(make_store(), fraction, 0)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "method", "fraction", "expected"),
-    [
-        ([100] * 10, "auto", 0.1, r"held-out speakers \d+: 10.0 % of the samples$"),
-        ([450] * 4, "auto", 0.1, r"every class: 10.0 % \(whole speakers would take 25 %"),
-        ([100] * 10, "auto", 0.3, r"every class: 30.0 % \(whole speakers would take 30 %"),
-        ([990, 10], "auto", 0.1, r"every class: 10.0 % \(whole speakers would take 1 %"),
-        (None, "auto", 0.1, r"every class: 10.0 % \(speakers: expected to be known"),
-        ([450] * 4, "speakers", 0.1, r"held-out speakers \d+: 25.0 %"),
-        ([100] * 10, "stratified", 0.1, r"^random samples of every class: 10.0 %$"),
-    ],
-)
+@pytest.mark.parametrize(("sizes", "method", "fraction", "expected"), [
+    ([100] * 10, "auto", 0.1, r"held-out speakers \d+: 10.0 % of the samples$"),
+    ([450] * 4, "auto", 0.1, r"every class: 10.0 % \(whole speakers would take 25 %"),
+    ([100] * 10, "auto", 0.3, r"every class: 30.0 % \(whole speakers would take 30 %"),
+    ([990, 10], "auto", 0.1, r"every class: 10.0 % \(whole speakers would take 1 %"),
+    (None, "auto", 0.1, r"every class: 10.0 % \(speakers: expected to be known"),
+    ([450] * 4, "speakers", 0.1, r"held-out speakers \d+: 25.0 %"),
+    ([100] * 10, "stratified", 0.1, r"^random samples of every class: 10.0 %$"),
+])  # fmt: skip
 def test_the_description_says_which_split_was_used_and_why(sizes, method, fraction, expected):
     store = with_speakers(sizes or [100])
     if sizes is None:
         store = dataclasses.replace(store, speakers=None)
     kept, held, description = choose_split(store, method, fraction, 0)
     assert_parts(store, kept, held)
-    assert (
-        pytest.approx(len(held) / len(store), abs=1e-3)
-        == float(description.split(" %")[0].rsplit(" ", 1)[1]) / 100
-    )
+    share = float(description.split(" %")[0].rsplit(" ", 1)[1]) / 100
+    assert share == pytest.approx(len(held) / len(store), abs=1e-3)
     assert re.search(expected, description)
 
 
@@ -148,87 +140,78 @@ def files(tmp_path):
     return {f"{name}_file": tmp_path / f"{name}.h5" for name in ("train", "valid", "test")}
 
 
+def load(seed=0, **source):
+    return load_splits(DataSource(**source), seed)
+
+
 def same(store, other):
     return store.fingerprint() == other.fingerprint()
 
 
-def test_three_files_are_three_parts(files):
-    splits = load_splits(**files)
-    assert same(splits.train, read_events(files["train_file"]))
-    assert same(splits.valid, read_events(files["valid_file"]))
-    assert same(splits.test, read_events(files["test_file"]))
+def test_three_files_are_three_parts_and_the_test_file_is_read_once_and_last(files, monkeypatch):
+    reads, read = [], datasets.read_events
+    monkeypatch.setattr(datasets, "read_events", lambda p, *a: reads.append(p.stem) or read(p, *a))
+    splits = load(**files)
+    assert reads == ["train", "valid"]
+    assert splits.test is splits.test and reads == ["train", "valid", "test"]
+    for part in reads:
+        assert same(getattr(splits, part), read(files[f"{part}_file"]))
     assert splits.description == (
         "train.h5: 60 training and 60 validation samples (valid.h5); test: test.h5, read at the end"
     )
 
 
-def test_the_test_file_is_read_when_it_is_asked_for_and_once(files, monkeypatch):
-    reads = []
-    read = data.read_events
-    monkeypatch.setattr(data, "read_events", lambda p, *a: reads.append(p.name) or read(p, *a))
-    splits = load_splits(**files)
-    assert reads == ["train.h5", "valid.h5"]
-    assert splits.test is splits.test
-    assert reads == ["train.h5", "valid.h5", "test.h5"]
-
-
 def test_a_missing_test_file_is_noticed_before_the_training(files, tmp_path):
-    files["test_file"] = tmp_path / "tset.h5"
     with pytest.raises(FileNotFoundError, match="tset.h5"):
-        load_splits(**files)
+        load(**{**files, "test_file": tmp_path / "tset.h5"})
 
 
 def test_without_a_validation_file_speakers_are_held_out_of_training(files):
     files.pop("valid_file")
-    splits = load_splits(**files)
+    splits, again = load(**files), load(**files)
     assert len(splits.train) == 54 and len(splits.valid) == 6
     assert not set(splits.train.speakers) & set(splits.valid.speakers)
     assert "held-out speakers" in splits.description
-    again = load_splits(**files, seed=0)
     assert same(again.train, splits.train) and same(again.valid, splits.valid)
-    assert len(load_splits(**files, valid_split="stratified", valid_fraction=0.5).valid) == 30
+    assert len(load(**files, valid_split="stratified", valid_fraction=0.5).valid) == 30
 
 
 @pytest.mark.parametrize("by", ["dataset", "train_file"])
 def test_one_file_is_split_three_ways_without_overlap(files, by):
     path = files["train_file"]
-    whole = read_events(path)
-    splits = load_splits(**{by: path}, valid_split="stratified", valid_fraction=0.2)
+    splits = load(**{by: path}, valid_split="stratified", valid_fraction=0.2)
     assert (len(splits.train), len(splits.valid), len(splits.test)) == (39, 9, 12)
     assert "test: 12 samples held out, random samples of every class" in splits.description
     events = [
         set(zip(part.times.tolist(), part.units.tolist(), strict=True))
         for part in (splits.train, splits.valid, splits.test)
     ]
-    assert sum(map(len, events)) == len(set.union(*events)) == len(whole.times)
-
-
-def test_a_part_with_other_classes_is_refused(files, tmp_path):
-    store = make_store(60)
-    renamed = dataclasses.replace(store, class_names=("a", "b", "c"))
-    write_events(files["valid_file"], renamed)
-    with pytest.raises(ValueError, match="valid.h5: extra/keys: expected the training data's"):
-        load_splits(**files)
-    files.pop("valid_file")
-    more = dataclasses.replace(make_store(60, classes=5), class_names=tuple("01234"))
-    write_events(files["test_file"], more)
-    splits = load_splits(**files)
-    with pytest.raises(ValueError, match=r"test.h5: labels: expected 0\.\.2, got 0\.\.4"):
-        _ = splits.test
+    assert sum(map(len, events)) == len(set.union(*events)) == len(read_events(path).times)
 
 
 @pytest.mark.filterwarnings("ignore:.*no sample")
-def test_a_part_without_names_takes_those_of_the_training_data(files):
-    two = dataclasses.replace(make_store(60, classes=2), class_names=("0", "1"))
-    write_events(files["test_file"], two)
-    assert load_splits(**files).test.class_names == ("word 0", "word 1", "word 2")
+def test_a_part_with_other_classes_is_refused_and_one_without_names_takes_them(files):
+    def write(part, classes, names):
+        store = dataclasses.replace(make_store(60, classes=classes), class_names=names)
+        write_events(files[part], store)
+
+    write("valid_file", 3, ("a", "b", "c"))
+    with pytest.raises(ValueError, match="valid.h5: extra/keys: expected the training data's"):
+        load(**files)
+    files.pop("valid_file")
+    write("test_file", 5, tuple("01234"))
+    splits = load(**files)
+    with pytest.raises(ValueError, match=r"test.h5: labels: expected 0\.\.2, got 0\.\.4"):
+        _ = splits.test
+    write("test_file", 2, ("0", "1"))
+    assert load(**files).test.class_names == ("word 0", "word 1", "word 2")
 
 
 def test_known_sets_are_found_by_name_and_their_counts_compared(tmp_path):
     for seed, name in enumerate(("train", "test")):
         write_events(tmp_path / f"shd_{name}.h5", make_store(60, speakers=10, seed=seed))
     with pytest.warns(UserWarning, match="shd_train.h5: 60 samples, the published set has 8156"):
-        splits = load_splits("shd", data_dir=tmp_path)
+        splits = load(dataset="shd", data_dir=tmp_path)
     with pytest.warns(UserWarning, match="shd_test.h5: 60 samples, the published set has 2264"):
         assert len(splits.test) == 60
     assert splits.description.startswith("shd: 54 training and 6 validation samples")
@@ -236,24 +219,17 @@ def test_known_sets_are_found_by_name_and_their_counts_compared(tmp_path):
 
 def test_a_name_that_is_no_set_and_no_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="dataset: expected synthetic, shd, ssc or FILE.h5, got"):
-        load_splits("sdh")
+        load(dataset="sdh")
     with pytest.raises(FileNotFoundError, match="mine.h5: expected an HDF5 file"):
-        load_splits(tmp_path / "mine.h5")
+        load(dataset=tmp_path / "mine.h5")
     with pytest.raises(FileNotFoundError, match="--download"):
-        load_splits("ssc", data_dir=tmp_path)
+        load(dataset="ssc", data_dir=tmp_path)
 
 
-def test_the_synthetic_set_is_made_from_its_seed():
-    one, two, other = (load_splits(samples=60, seed=seed) for seed in (3, 3, 4))
-    assert len(one.train) == 60
+def test_the_synthetic_set_is_made_from_its_seed_with_the_words_asked_for():
+    one, two, other = (load(samples=70, classes=35, seed=seed) for seed in (3, 3, 4))
+    assert len(one.train) == 70 and set(one.train.labels) == set(range(35))
     for part in ("train", "valid", "test"):
         assert same(getattr(one, part), getattr(two, part))
         assert not same(getattr(one, part), getattr(other, part))
         getattr(one, part).validate(part)
-
-
-def test_synthetic_has_as_many_words_as_are_asked_for():
-    splits = load_splits(samples=70, classes=35)
-    assert len(splits.train.class_names) == 35 and set(splits.train.labels) == set(range(35))
-    with pytest.raises(ValueError, match="num_classes: expected 2 to"):
-        load_splits(samples=70, classes=1)

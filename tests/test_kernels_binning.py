@@ -9,32 +9,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import BinningConfig, bin_batch
-from gpn_triton.data.events import DeviceEvents, EventStore
+from gpn_triton.data.events import DeviceEvents
 from tests import interpreted_bfloat16
-from tests.stores import make_store
+from tests.stores import make_store, store_of
+from tests.test_data_binning import (
+    AUGMENTATIONS,
+    EDGES,
+    EVERYTHING,
+    KEYS,
+    on_edges,
+)
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KEYS = ((0, 0), (7, 3), (2**32 - 1, 2**31))
-EVERYTHING = Augmentation(20, 0.1, 0.005, 0.1, 0.1)
-AUGMENTATIONS = {
-    "shift": Augmentation(channel_shift=30),
-    "shift beyond all channels": Augmentation(channel_shift=5000),
-    "stretch": Augmentation(time_stretch=0.3),
-    "jitter": Augmentation(time_jitter=0.02),
-    "jitter of seconds": Augmentation(time_jitter=3.0),
-    "drop": Augmentation(drop=0.3),
-    "noise": Augmentation(noise=0.4),
-    "more noise than events": Augmentation(noise=2.5),
-    "everything": EVERYTHING,
-    "nothing": Augmentation(),
-}
 # what is compiled for a GPU: (config, augmentation) that together hold every branch
 COMPILED = {
     "plain-bfloat16": (BinningConfig(100, dtype=torch.bfloat16), None),
@@ -81,14 +73,10 @@ def assert_as_the_twin(store, indices, config, augmentation=None, key=None):
 ])  # fmt: skip
 def test_counts_are_the_twins(time_bins, max_time, channel_bin, overflow, monkeypatch):
     small_blocks(monkeypatch)
-    store = make_store(10, most=60)
     config = BinningConfig(time_bins, max_time, channel_bin, overflow)
     # sample 1 is empty, sample 3 comes twice, most cells have no event
-    counts = assert_as_the_twin(store, [3, 1, 0, 3, 9], config)
+    counts = assert_as_the_twin(make_store(10, most=60), [3, 1, 0, 3, 9], config)
     assert counts.any() and not counts[:, 1].any() and torch.equal(counts[:, 0], counts[:, 3])
-    # events end at 1.2 s
-    events = np.diff(store.offsets)[[3, 1, 0, 3, 9]].sum()
-    assert (counts.sum() == events) == (overflow == "clip" or max_time > 1.2)
 
 
 @pytest.mark.parametrize("overflow", ["drop", "clip"])
@@ -118,33 +106,24 @@ def test_a_part_of_a_set_is_counted_as_in_the_whole(backend, monkeypatch):
     assert not torch.equal(counts(part, range(5)), whole)
 
 
-def test_an_augmented_count_is_that_of_a_loop_over_events():
-    from tests.test_data_binning import naive_counts
-
-    store, config = make_store(5), BinningConfig(25, 1.0, channel_bin=5)
-    counts = bin_batch(
-        DeviceEvents(store, DEVICE), torch.tensor([4, 1, 2], device=DEVICE), config,
-        EVERYTHING, torch.tensor([7, 3], device=DEVICE), backend="triton",
-    )  # fmt: skip
-    expected = naive_counts(store, [4, 1, 2], config, EVERYTHING, (7, 3))
-    np.testing.assert_array_equal(counts.cpu().numpy(), expected)
-
-
 @pytest.mark.parametrize("time_bins", [1, 2, 7, 100, 3000])
 def test_the_authors_binning_is_the_twins(time_bins):
-    store = make_store(4, most=120, channels=40)
-    half = store.times.astype(np.float16).astype(np.float32)
-    # times on edges, and the units the authors treat apart
-    edges = np.float16(np.arange(time_bins)[-20:] / time_bins).astype(np.float32)
-    n = min(len(edges), store.offsets[1])
-    half[:n] = edges[:n]
-    units = store.units.copy()
-    units[1:n:3], units[2:n:3] = 0, 39
-    store = dataclasses.replace(store, times=half, units=units)
-    config = BinningConfig(time_bins, style="authors")
+    store, config = on_edges(time_bins, 40), BinningConfig(time_bins, style="authors")
     counts = assert_as_the_twin(store, [0, 2, 1, 3], config)
     assert counts.any() and not counts[:, :, 0].any()
     assert_as_the_twin(store, [3, 0], config, EVERYTHING, (1, 1))
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_edges_are_the_twins(case):
+    store, config, _ = EDGES[case]
+    for dtype in (torch.float32, torch.float16):
+        config = dataclasses.replace(config, dtype=dtype)
+        for augmentation in (None, EVERYTHING):
+            assert_as_the_twin(store, [0, 0], config, augmentation, (1, 2))
+            columns = config.columns(store.num_channels)
+            none = assert_as_the_twin(store, [], config, augmentation, (1, 2))
+            assert none.shape == (config.time_bins, 0, columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -159,19 +138,6 @@ def test_half_types_round_as_the_twin(dtype, channels, time_bins, indices):
     assert channels == 700 or rounds.max() > 256
 
 
-def crowd(events, channels=2):
-    """One sample that is all in the first cell but for an event in the last."""
-    return EventStore(
-        times=np.full(events, 0.1, np.float32),
-        units=np.array([0] * (events - 1) + [channels - 1], np.uint16),
-        offsets=np.array([0, events]),
-        labels=np.zeros(1, np.int64),
-        speakers=None,
-        num_channels=channels,
-        class_names=("a",),
-    )
-
-
 @pytest.mark.parametrize("events, noise", [(65_534, 0), (65_600, 0), (60_000, 0.2), (65_534, 1.0)])
 def test_a_sample_of_65_thousand_events_does_not_spill_into_the_next_cell(
     events, noise, monkeypatch
@@ -179,44 +145,16 @@ def test_a_sample_of_65_thousand_events_does_not_spill_into_the_next_cell(
     small_blocks(monkeypatch, block=1 << 16, split=1)
     config = BinningConfig(1, dtype=torch.bfloat16)
     augmentation = Augmentation(noise=noise) if noise else None
-    assert_as_the_twin(crowd(events), [0], config, augmentation, (1, 1))
-
-
-@pytest.mark.parametrize("overflow, expected", [("drop", [3, 4]), ("clip", [3, 4, 5, 6])])
-def test_the_window_holds_0_but_not_its_end(overflow, expected):
-    end = np.float32(1.4)
-    times = np.array([0, np.nextafter(end, np.float32(0)), end, 1.5], np.float32)
-    units = np.array([3, 4, 5, 6], np.uint16)
-    store = dataclasses.replace(crowd(4, 9), times=times, units=units)
-    counts = assert_as_the_twin(store, [0], BinningConfig(20, 1.4, overflow=overflow))
-    assert counts.nonzero()[:, 2].tolist() == expected
-
-
-def test_units_above_32767_are_counted_in_their_place():
-    store = dataclasses.replace(crowd(2, 65_536), units=np.array([40_000, 65_535], np.uint16))
-    counts = assert_as_the_twin(store, [0], BinningConfig(1, dtype=torch.float16))
-    assert counts.nonzero()[:, 2].tolist() == [40_000, 65_535]
-
-
-def test_sets_without_events_and_batches_without_samples_are_empty():
-    store = dataclasses.replace(
-        crowd(1), times=np.zeros(0, np.float32), units=np.zeros(0, np.uint16),
-        offsets=np.zeros(2, np.int64),
-    )  # fmt: skip
-    for dtype in (torch.float32, torch.float16):
-        config = BinningConfig(3, dtype=dtype)
-        for augmentation in (None, EVERYTHING):
-            assert not assert_as_the_twin(store, [0, 0], config, augmentation, (1, 2)).any()
-            assert assert_as_the_twin(store, [], config, augmentation, (1, 2)).shape == (3, 0, 2)
+    # all are in the first cell but for an event in the last
+    store = store_of(([0.1] * events, [0] * (events - 1) + [1]), channels=2)
+    assert_as_the_twin(store, [0], config, augmentation, (1, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_buffer_handed_in_is_overwritten_and_strided_indices_are_read(dtype):
-    events, config = DeviceEvents(make_store(6), DEVICE), BinningConfig(5, dtype=dtype)
+def test_strided_indices_are_read(dtype):
     indices = torch.arange(6, device=DEVICE)[::2]
-    out = torch.full((5, 3, 700), torch.nan, device=DEVICE)
-    counts = bin_batch(events, indices, config, out=out, backend="triton")
-    assert (counts is out) == (dtype == torch.float32)
+    events, config = DeviceEvents(make_store(6), DEVICE), BinningConfig(5, dtype=dtype)
+    counts = bin_batch(events, indices, config, backend="triton")
     assert torch.equal(counts, bin_batch(events, indices, config, backend="torch"))
 
 
@@ -226,7 +164,6 @@ def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
     events, indices, config = DeviceEvents(make_store(3)), torch.tensor([0]), BinningConfig(2)
     with pytest.raises(ValueError, match="backend: expected one of auto, triton, torch, got 'jax'"):
         bin_batch(events, indices, config, backend="jax")
-    assert binning._choose_backend("auto", events.times) == "torch"
     monkeypatch.setattr(binning, "triton_unavailable", lambda _: "there is none")
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: there is none"):
         bin_batch(events, indices, config, backend="triton")
@@ -284,7 +221,7 @@ def compile_everything() -> dict:
                     *(torch.from_numpy(a) for a in (store.times, store.units.view("int16"))),
                     torch.from_numpy(store.offsets), numbers, torch.zeros(B, dtype=torch.int64),
                     None if augmentation is None else key, 700, 40,
-                    dataclasses.replace(config, time_bins=T), augmentation, None,
+                    dataclasses.replace(config, time_bins=T), augmentation,
                 )  # fmt: skip
         found[f"{name}-{capability}"] = [
             {**dataclasses.asdict(offline.read(*entry)), "fused": fused(entry[2])}

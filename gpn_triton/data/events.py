@@ -147,7 +147,7 @@ class DeviceEvents:
         numbers: Tensor | None = None,
     ):
         self.times = torch.from_numpy(store.times).to(device)
-        # few operations know uint16
+        # int16 holds the bits, since few operations of torch know uint16
         self.units = torch.from_numpy(store.units.view("int16")).to(device)
         self.offsets = torch.from_numpy(store.offsets).to(device)
         self.labels = torch.from_numpy(store.labels).to(device)

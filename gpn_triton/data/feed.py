@@ -27,10 +27,11 @@ from torch import Tensor
 
 from gpn_triton.data.events import DeviceEvents, EventStore
 
-# of a store on a device: time and unit; of a sample offset, label and number
+# what a store takes on a device: each event a time and a unit, each sample an offset, a label and
+# a number
 EVENT_BYTES, SAMPLE_BYTES = 4 + 2, 3 * 8
 MIB = 1 << 20
-# samples whose events are gathered at once: little memory for the list of them
+# so many samples' events are gathered at once, which bounds the memory of the list of them
 GATHERED = 256
 
 
@@ -128,7 +129,7 @@ class StreamedFeed:
         device = torch.device(device)
         self._store, self._limit = store, limit_mib
         self._counts = np.diff(store.offsets)
-        # of the batches of one sample, of two, ...: the most events
+        # entry k holds the most events that any batch of k + 1 samples can have
         self._most = np.cumsum(np.sort(self._counts)[::-1])
         S = len(store)
         self._capacity = max(int(limit_mib * MIB / 2 - _bytes(0, S)) // EVENT_BYTES, 0)
@@ -141,7 +142,7 @@ class StreamedFeed:
             labels=np.zeros(S, np.int64),
         )
         self.events = DeviceEvents(blank, device, torch.zeros(S, dtype=torch.int64, device=device))
-        # what a batch is taken for must not change with the shard
+        # batch_input chooses a batch's form by these, which must not change from shard to shard
         self.events.longest, self.events.mean = int(self._counts.max()), float(self._counts.mean())
 
         cuda = device.type == "cuda"
@@ -223,7 +224,7 @@ class StreamedFeed:
         host = self._gathers % 2
         self._gathers += 1
         if self._stream is not None:
-            # the last shard but one, copied long since
+            # this buffer held the last shard but one, whose copy must be over
             self._copied[host].synchronize()
         numbers = self._order[slice(*span)]
         self._gathered = self._thread.submit(_gather, self._store, numbers, self._hosts[host])
@@ -290,7 +291,7 @@ def _cuts(counts: np.ndarray, batch: int, capacity: int, first: int) -> list[int
     sums = np.concatenate([[0], np.cumsum(counts)])[[0, *ends]]
     cuts, k, most = [0], 0, 1
     while k < len(ends):
-        # the device waits for the first shard: it is one batch, the next two, and so on
+        # the device waits for the first shard, so it is one batch, the next is two, and so on
         k = min(int(np.searchsorted(sums, sums[k] + capacity, side="right")) - 1, k + most)
         cuts.append(ends[k - 1])
         most *= 2
