@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
+from gpn_triton.graphs import WARM_RUNS, Graphs
+
+# a timed stretch on a GPU lasts at least so long, so that starting it does not show
+STRETCH_SECONDS = 2e-3
+
 
 class Call:
     """One call to be timed: forward, or forward and backward, on tensors that stay in place.
@@ -59,37 +64,24 @@ class Call:
 
 
 class GraphedCall:
-    """A Call captured once as a CUDA graph; calling replays it.
+    """A call captured once as a CUDA graph; calling replays it.
 
     Attributes:
+        call: what was captured.
         peak_bytes: memory the graph holds, counted while it was captured (a replay allocates none).
     """
 
-    def __init__(self, call: Call):
-        self.call = call
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        call.clear()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            call()
-        torch.cuda.synchronize()
-        self.peak_bytes = torch.cuda.max_memory_allocated() - before
-        self.out, self._gradients = call.out, call.gradients()
+    def __init__(self, call: Callable[[], object], device: torch.device):
+        self.call, self.graphs = call, Graphs(device, True)
+        for _ in range(WARM_RUNS):
+            self()
+        if isinstance(call, Call):
+            call.clear()
+        # the next run captures, then replays
+        self.peak_bytes = _allocated(self, device)
 
     def __call__(self) -> None:
-        self.graph.replay()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The last replay's gradients by leaf."""
-        return self._gradients
+        self.graphs.run("call", self.call)
 
 
 @dataclass
@@ -146,6 +138,26 @@ def race(
     return results
 
 
+def time_call(call: Callable[[], object], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median and quartiles of a call in ms, by device events around several calls on a GPU.
+
+    Args:
+        call: what to time; it is warmed up here. rounds: so many on a GPU, 2 on a CPU.
+    """
+    cuda, warm, times = device.type == "cuda", Times(), Times()
+    for _ in range(2):
+        timed(call, device, warm)
+    repeats = max(1, int(STRETCH_SECONDS / warm.device[-1])) if cuda else 1
+
+    def stretch() -> None:
+        for _ in range(repeats):
+            call()
+
+    for _ in range(rounds if cuda else 2):
+        timed(stretch, device, times)
+    return summary([s / repeats for s in (times.device if cuda else times.wall)])
+
+
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Most bytes that torch held at once during a call, beyond what it held before.
 
@@ -156,12 +168,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         # else the last result and gradients are freed during the call and hide as much
         call.clear()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
+        return _allocated(call, device)
     with profiler.profile(profile_memory=True) as profile:
         call()
     held = most = 0
@@ -170,6 +177,16 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+def _allocated(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that the CUDA allocator gave out during a call, beyond what it had before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def held_bytes(call: Call) -> tuple[int, int]:
