@@ -83,6 +83,15 @@ class GraphedCall:
     def __call__(self) -> None:
         self.graphs.run("call", self.call)
 
+    @property
+    def out(self) -> Tensor:
+        """The last replay's result, in the same memory every time."""
+        return self.call.out
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last replay's gradients by leaf."""
+        return self.call.gradients()
+
 
 @dataclass
 class Times:

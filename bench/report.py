@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ MIB = 2**20
 THRESHOLD = 0.05
 # memory does not depend on the machine's mood
 MEMORY_THRESHOLD = 0.01
+# what makes two records ones of the same benchmark
+KEY = ("group", "subject", "T", "B", "inputs", "dtype", "hidden")
 PLOTS = ("time against T", "time against N", "time against B", "memory against T", "roofline")
 Record = dict[str, Any]
 
@@ -64,14 +67,24 @@ def _mib(value: float | None) -> str:
     return _number(None if value is None else value / MIB)
 
 
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[object]], left: int) -> str:
+    """A Markdown table; the first `left` columns are aligned to the left, the others to the right.
+
+    A bar within a cell would end it and becomes a slash.
+    """
+    columns = list(columns)
+    rule = ["---"] * left + ["---:"] * (len(columns) - left)
+    lines = [[str(cell).replace("|", "/") for cell in row] for row in (columns, rule, *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table(group: list[Record]) -> str:
     """A Markdown table of the subjects of one case, the fastest first."""
-    device = any(r["device_median_ms"] is not None for r in group)
     columns = {
         "subject": lambda r: r["subject"],
         "median ms": lambda r: _number(r["median_ms"]),
         "quartiles ms": lambda r: f"{_number(r['low_ms'])}–{_number(r['high_ms'])}",
-        "device ms": (lambda r: _number(r["device_median_ms"])) if device else None,
+        "device ms": lambda r: _number(r["device_median_ms"]),
         "x ours": lambda r: _number(r["time_ratio"]),
         "peak MiB": lambda r: _mib(r["peak_bytes"]),
         "held MiB": lambda r: _mib(r["held_bytes"]),
@@ -79,33 +92,36 @@ def table(group: list[Record]) -> str:
         "GFLOP": lambda r: _number(r["flops"] / 1e9),
         "floor ms": lambda r: _number(r["floor_ms"]),
         "% of floor": lambda r: _number(100 * r["fraction_of_floor"]),
-        "spikes a step": lambda r: _number(r.get("spikes_a_step")),
-        "samples/s": lambda r: _number(1e3 * r["samples"] / r["median_ms"], 4),
-        "rounds": lambda r: str(r["rounds"]),
+        "spikes a step": lambda r: _number(r["spikes_a_step"]),
+        "samples/s": lambda r: _number(r["samples"] and 1e3 * r["samples"] / r["median_ms"], 4),
+        "rounds": lambda r: r["rounds"],
     }
-    if "samples" not in group[0]:
-        columns["samples/s"] = None
-    if all(r["held_bytes"] is None for r in group):
-        columns["held MiB"] = columns["beyond MiB"] = None
-    if all(r.get("spikes_a_step") is None for r in group):
-        columns["spikes a step"] = None
-    shown = {name: value for name, value in columns.items() if value}
-    lines = [" | ".join(shown), " | ".join(["---"] + ["---:"] * (len(shown) - 1))]
-    for record in sorted(group, key=lambda r: r["median_ms"]):
-        lines.append(" | ".join(value(record) for value in shown.values()))
-    return "\n".join(f"| {line} |" for line in lines)
+    needs = {
+        "device ms": "device_median_ms",
+        "held MiB": "held_bytes",
+        "beyond MiB": "held_bytes",
+        "spikes a step": "spikes_a_step",
+        "samples/s": "samples",
+    }
+    # a record holds some of these only where they mean something
+    group = [{"samples": None, "spikes_a_step": None, **r} for r in group]
+    shown = {
+        name: value
+        for name, value in columns.items()
+        if name not in needs or any(r[needs[name]] is not None for r in group)
+    }
+    group.sort(key=lambda r: r["median_ms"])
+    return markdown(shown, ([value(r) for value in shown.values()] for r in group), left=1)
 
 
 def describe(r: Record) -> str:
     """The sizes of a record in words, and those its name stands for if they are larger."""
-    hidden = "-".join(map(str, r["hidden"]))
-    layers = f", N {hidden}" if hidden else ""
-    return f"T {r['T']}, B {r['B']}{layers}, {r['inputs']} inputs, {r['dtype']}" + (
-        f"; scaled down from T {r['full'][0]}, B {r['full'][1]}"
-        + (f", N {'-'.join(map(str, r['full'][2]))}" if r["full"][2] else "")
-        if r["scaled"]
-        else ""
-    )
+
+    def sizes(T: int, B: int, hidden: list[int]) -> str:
+        return f"T {T}, B {B}" + (f", N {'-'.join(map(str, hidden))}" if hidden else "")
+
+    scaled = f"; scaled down from {sizes(*r['full'])}" if r["scaled"] else ""
+    return f"{sizes(r['T'], r['B'], r['hidden'])}, {r['inputs']} inputs, {r['dtype']}{scaled}"
 
 
 def by_group(found: Iterable[Record]) -> dict[str, list[Record]]:
@@ -138,16 +154,15 @@ def section(path: Path, contents: dict[str, Any], plots: dict[str, Path]) -> str
         lines += [f"### {name}", "", describe(group[0]) + ".", "", table(group), ""]
     for name, plot in plots.items():
         lines += [f"![{name}]({plot.name})", ""]
-    reasons: dict[tuple[str, str, str], int] = {}
-    for left in contents.get("left_out", []):
-        key = (left["subject"], left["outcome"], left["reason"])
-        reasons[key] = reasons.get(key, 0) + 1
+    reasons = Counter(
+        (left["subject"], left["outcome"], left["reason"]) for left in contents.get("left_out", [])
+    )
     if reasons:
-        lines += ["### Left out", "", "| subject | why | cases |", "| --- | --- | ---: |"]
-        for (subject, outcome, reason), n in sorted(reasons.items()):
-            why = reason if outcome == "skipped" else f"**{outcome}**: {reason}"
-            lines.append(f"| {subject} | {why.replace('|', '/')} | {n} |")
-        lines.append("")
+        rows = [
+            (subject, reason if outcome == "skipped" else f"**{outcome}**: {reason}", n)
+            for (subject, outcome, reason), n in sorted(reasons.items())
+        ]
+        lines += ["### Left out", "", markdown(("subject", "why", "cases"), rows, left=2), ""]
     return "\n".join(lines)
 
 
@@ -161,7 +176,7 @@ def draw(path: Path, found: list[Record]) -> dict[str, Path]:
     from matplotlib.figure import Figure
 
     drawn = {}
-    for name in PLOTS:
+    for name in PLOTS if found else ():
         lines = _lines(name, found)
         if not lines:
             continue
@@ -231,34 +246,24 @@ def render(folder: Path) -> Path:
     Raises:
         FileNotFoundError: no record there.
     """
-    paths = sorted(folder.glob("*.json"))
+    # bench.gpu shows its own record itself
+    paths = sorted(p for p in folder.glob("*.json") if not p.name.startswith("gpu-"))
     if not paths:
         raise FileNotFoundError(
             f"{folder}: no record; write one: "
             f"pytest bench/ --benchmark-only --benchmark-json={folder}/cpu.json"
         )
     parts = [
-        "# Benchmark results",
-        "",
-        "Rendered from the JSON files beside this page by `python -m bench.report "
-        "bench/results`; what the columns mean and how each was taken: "
-        "[../README.md](../README.md).",
-        "",
+        "# Benchmark results\n\nRendered from the JSON files beside this page by `python -m "
+        "bench.report bench/results`; what the columns mean and how each was taken: "
+        "[../README.md](../README.md).\n"
     ]
     for path in paths:
         contents = read(path)
-        found = records(contents)
-        parts.append(section(path, contents, draw(path, found) if found else {}))
+        parts.append(section(path, contents, draw(path, records(contents))))
     page = folder / "README.md"
     page.write_text("\n".join(parts), encoding="utf-8")
     return page
-
-
-def _key(r: Record) -> tuple:
-    return (
-        *(r[k] for k in ("group", "subject", "T", "B", "inputs", "dtype")),
-        tuple(r["hidden"]),
-    )
 
 
 def compare(
@@ -277,50 +282,43 @@ def compare(
     Raises:
         ValueError: the records are of different devices, or have nothing in common.
     """
-    before = {_key(r): r for r in records(old)}
-    after = {_key(r): r for r in records(new)}
+    before, after = (
+        {tuple(str(r[k]) for k in KEY): r for r in records(contents)} for contents in (old, new)
+    )
     devices = {(r["device"], r["threads"]) for r in (*before.values(), *after.values())}
     if len(devices) > 1:
         raise ValueError(f"records of different devices: {sorted(devices)}")
     if not before.keys() & after.keys():
         raise ValueError("the records have no benchmark in common")
     lines, regressions = [], []
+
+    def note(kind: str, was: Record, what: str, worse: bool = False) -> None:
+        lines.append(f"{kind:11} {was['group']}: {was['subject']}{what}")
+        if worse and was["subject"].startswith("gpn"):
+            regressions.append(lines[-1])
+
+    failed = {
+        (left["group"], left["subject"]): left["reason"]
+        for left in new.get("left_out", [])
+        if left["outcome"] == "failed"
+    }
     for key, was in before.items():
-        name = f"{was['group']}: {was['subject']}"
-        ours = was["subject"].startswith("gpn")
         if key not in after:
-            lines.append(f"gone        {name}")
-            failed = [
-                left["reason"]
-                for left in new.get("left_out", [])
-                if (left["group"], left["subject"], left["outcome"])
-                == (was["group"], was["subject"], "failed")
-            ]
-            if failed and ours:
-                regressions.append(f"failed      {name}: {failed[0]}")
+            reason = failed.get((was["group"], was["subject"]))
+            note("failed" if reason else "gone", was, f": {reason}" if reason else "", bool(reason))
             continue
         now = after[key]
         ratio = now["median_ms"] / was["median_ms"]
         slower = ratio > 1 + threshold and now["low_ms"] > was["high_ms"]
         faster = ratio < 1 - threshold and now["high_ms"] < was["low_ms"]
         if slower or faster:
-            line = (
-                f"{'slower' if slower else 'faster':11} {name}: {_number(was['median_ms'])} -> "
-                f"{_number(now['median_ms'])} ms (x {ratio:.2f})"
-            )
-            lines.append(line)
-            if slower and ours:
-                regressions.append(line)
+            times = f": {_number(was['median_ms'])} -> {_number(now['median_ms'])} ms"
+            note("slower" if slower else "faster", was, f"{times} (x {ratio:.2f})", slower)
         for field in ("peak_bytes", "held_bytes"):
             if was[field] and now[field] and abs(now[field] / was[field] - 1) > MEMORY_THRESHOLD:
                 more = now[field] > was[field]
-                line = (
-                    f"{'more memory' if more else 'less memory'} {name}: {field} "
-                    f"{_mib(was[field])} -> {_mib(now[field])} MiB"
-                )
-                lines.append(line)
-                if more and ours:
-                    regressions.append(line)
+                memory = f": {field} {_mib(was[field])} -> {_mib(now[field])} MiB"
+                note("more memory" if more else "less memory", was, memory, more)
     return lines, regressions
 
 
