@@ -13,7 +13,7 @@ from torch.autograd import profiler
 
 from gpn_triton.graphs import WARM_RUNS, Graphs
 
-# a timed stretch on a GPU lasts at least so long, so that starting it does not show
+# a round on a GPU lasts at least so long
 STRETCH_SECONDS = 2e-3
 
 
@@ -101,22 +101,22 @@ class Times:
     device: list[float] = field(default_factory=list)
 
 
-def timed(call: Callable[[], object], device: torch.device, times: Times) -> None:
-    """Add one round: the device is idle before it and has finished at its end."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        times.wall.append(time.perf_counter() - start)
-        return
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
+def timed(call: Callable[[], object], device: torch.device, times: Times, repeats: int = 1) -> None:
+    """Add one round, the mean of so many calls: the device is idle before and done at its end."""
+    cuda = device.type == "cuda"
+    if cuda:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize()
-    times.wall.append(time.perf_counter() - start)
-    times.device.append(first.elapsed_time(last) / 1e3)
+    if cuda:
+        first.record()
+    for _ in range(repeats):
+        call()
+    if cuda:
+        last.record()
+        torch.cuda.synchronize()
+        times.device.append(first.elapsed_time(last) / 1e3 / repeats)
+    times.wall.append((time.perf_counter() - start) / repeats)
 
 
 def race(
@@ -129,12 +129,19 @@ def race(
 
     Args:
         calls: what to time, by name, warmed up.
-        rounds: so many of each, but 3 of what alone has taken 2 x `seconds` by then.
+        rounds: so many of each, but 3 of what alone has taken 2 x `seconds` by then. On a GPU a
+            round of a short call is several calls, so that starting it does not show.
         seconds: go on to 5 times as many rounds within this time.
     Returns:
         Every round's times by name; round k of one and of another were taken next to each other.
     """
     results = {name: Times() for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    if device.type == "cuda":
+        for name, call in calls.items():
+            warm = Times()
+            timed(call, device, warm)
+            repeats[name] = max(1, int(STRETCH_SECONDS / warm.device[0]))
     names, start = list(calls), time.perf_counter()
     for turn in range(5 * rounds):
         if turn >= rounds and time.perf_counter() - start > seconds:
@@ -142,29 +149,9 @@ def race(
         k = turn % len(names)
         for name in names[k:] + names[:k]:
             wall = results[name].wall
-            if len(wall) < 3 or sum(wall) < 2 * seconds:
-                timed(calls[name], device, results[name])
+            if len(wall) < 3 or sum(wall) * repeats[name] < 2 * seconds:
+                timed(calls[name], device, results[name], repeats[name])
     return results
-
-
-def time_call(call: Callable[[], object], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median and quartiles of a call in ms, by device events around several calls on a GPU.
-
-    Args:
-        call: what to time; it is warmed up here. rounds: so many on a GPU, 2 on a CPU.
-    """
-    cuda, warm, times = device.type == "cuda", Times(), Times()
-    for _ in range(2):
-        timed(call, device, warm)
-    repeats = max(1, int(STRETCH_SECONDS / warm.device[-1])) if cuda else 1
-
-    def stretch() -> None:
-        for _ in range(repeats):
-            call()
-
-    for _ in range(rounds if cuda else 2):
-        timed(stretch, device, times)
-    return summary([s / repeats for s in (times.device if cuda else times.wall)])
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.competitors import LoopGPN, Unavailable
+from bench.measure import peak_bytes
 from bench.subjects import (
     DTYPES,
     GATE_WEIGHTS,
@@ -35,6 +36,7 @@ from gpn_triton.config import TrainConfig
 from gpn_triton.data import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
 from gpn_triton.engine import Engine
+from gpn_triton.graphs import WARM_RUNS
 
 # about as many as a sample of SHD or SSC has
 EVENTS = 4000
@@ -133,18 +135,20 @@ class Training:
             self.engine.train_step(self.feed, self.case.B)
 
 
-def make_feed(case: Case, samples: int, device: torch.device) -> Feed:
-    """A data set of a case's sizes, on the device."""
-    return Feed(DeviceEvents(event_store(samples, case.inputs, case.classes), device))
-
-
-def steps(case: Case, device: torch.device, batches: int) -> Callable[[str], Entry]:
+def steps(
+    case: Case, device: torch.device, batches: int, samples: int | None = None
+) -> Callable[[str], Entry]:
     """A function that prepares a subject by name: so many training steps a call.
 
     Args:
-        case: sizes. batches: steps of one call, on samples of their own.
+        case: sizes. batches: steps of one call. samples: of the set that they draw from; default:
+            as many as one call takes.
     """
-    feed = functools.cache(lambda: make_feed(case, case.B * batches, device))
+
+    @functools.cache
+    def feed() -> Feed:
+        store = event_store(samples or case.B * batches, case.inputs, case.classes)
+        return Feed(DeviceEvents(store, device))
 
     def prepare(subject: str) -> Entry:
         training = Training(case, subject, feed(), device)
@@ -152,9 +156,11 @@ def steps(case: Case, device: torch.device, batches: int) -> Callable[[str], Ent
 
         def checked() -> dict[str, Any]:
             seen = check(training.engine, case, device)
-            # of the runs before a capture one is here, one in the warm-up; memory is counted while
-            # it is captured, as a replay allocates nothing
-            call()
+            training.run(1)
+            if training.engine.graphs.enabled:
+                # the other runs as it is, and the capture: a replay allocates nothing
+                rest = functools.partial(training.run, WARM_RUNS)
+                seen["peak_bytes"] = peak_bytes(rest, device)
             return seen
 
         return Entry(call, checked, training.work * (case.B * batches))

@@ -157,53 +157,61 @@ def _numbers(layer: Layer) -> str:
     return layer.precision if layer.dtype == "float32" else layer.dtype
 
 
-def _table(columns: list[str], rows: list[list]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def paper_table(found: list[tuple[Layer, Report]]) -> str:
     """One row a kernel."""
-    columns = [
-        "kernel", "N", "products", "sm", "tile", "warps", "stages", "registers", "shared KiB",
-        "spills", "mma", "async copies", "loop instructions", "loop mma", "loop barriers", "faults",
-    ]  # fmt: skip
-    rows = []
-    for layer, r in found:
+
+    def row(layer: Layer, r: Report) -> dict[str, object]:
         c = r.constants
-        tile = "x".join(str(c[b]) for b in ("BLOCK_B", "BLOCK_R", "BLOCK_N", "BLOCK_K") if c.get(b))
-        rows.append(
-            [
-                _name(r), layer.N, _numbers(layer), layer.capability, tile, r.num_warps,
-                c.get("STAGES", "-"), r.registers, f"{r.shared_bytes / 1024:.0f}",
-                r.local_accesses, r.mma, r.async_copies, r.loop_instructions, r.loop_mma,
-                r.loop_barriers, "; ".join(faults(r, layer.capability)) or "-",
-            ]
-        )  # fmt: skip
-    return _table(columns, sorted(rows, key=lambda row: (row[0], row[3], row[2], row[1])))
+        blocks = (c[b] for b in ("BLOCK_B", "BLOCK_R", "BLOCK_N", "BLOCK_K") if c.get(b))
+        return {
+            "kernel": _name(r),
+            "N": layer.N,
+            "products": _numbers(layer),
+            "sm": layer.capability,
+            "tile": "x".join(map(str, blocks)),
+            "warps": r.num_warps,
+            "stages": c.get("STAGES", "-"),
+            "registers": r.registers,
+            "shared KiB": r.shared_bytes >> 10,
+            "spills": r.local_accesses,
+            "mma": r.mma,
+            "async copies": r.async_copies,
+            "loop instructions": r.loop_instructions,
+            "loop mma": r.loop_mma,
+            "loop barriers": r.loop_barriers,
+            "faults": "; ".join(faults(r, layer.capability)) or "-",
+        }
+
+    order = ("kernel", "sm", "products", "N")
+    rows = sorted((row(*one) for one in found), key=lambda r: [r[k] for k in order])
+    return report.markdown(rows[0], (r.values() for r in rows))
 
 
 def other_table(found: list[tuple[Layer, Report]]) -> str:
     """One row a layer: the most that any of its kernels takes."""
-    columns = [
-        "variant", "N", "B", "products", "sm", "output", "v saved every", "surrogate", "kernels",
-        "registers", "shared KiB", "spills", "loop barriers", "faults",
-    ]  # fmt: skip
-    rows = []
-    for layer, group in itertools.groupby(found, key=lambda entry: entry[0]):
-        reports = [report for _, report in group]
+
+    def row(layer: Layer, reports: list[Report]) -> dict[str, object]:
         wrong = [f"{_name(r)}: {f}" for r in reports for f in faults(r, layer.capability)]
-        rows.append(
-            [
-                layer.variant, layer.N, layer.B, _numbers(layer), layer.capability,
-                "mean" if layer.mean else "spikes", layer.every, layer.surrogate, len(reports),
-                max(r.registers for r in reports),
-                f"{max(r.shared_bytes for r in reports) / 1024:.0f}",
-                sum(r.local_accesses for r in reports), max(r.loop_barriers for r in reports),
-                "; ".join(wrong) or "-",
-            ]
-        )  # fmt: skip
-    return _table(columns, rows)
+        return {
+            "variant": layer.variant,
+            "N": layer.N,
+            "B": layer.B,
+            "products": _numbers(layer),
+            "sm": layer.capability,
+            "output": "mean" if layer.mean else "spikes",
+            "v saved every": layer.every,
+            "surrogate": layer.surrogate,
+            "kernels": len(reports),
+            "registers": max(r.registers for r in reports),
+            "shared KiB": max(r.shared_bytes for r in reports) >> 10,
+            "spills": sum(r.local_accesses for r in reports),
+            "loop barriers": max(r.loop_barriers for r in reports),
+            "faults": "; ".join(wrong) or "-",
+        }
+
+    groups = itertools.groupby(found, key=lambda entry: entry[0])
+    rows = [row(layer, [r for _, r in group]) for layer, group in groups]
+    return report.markdown(rows[0], (r.values() for r in rows))
 
 
 def write_results(path: Path) -> int:

@@ -10,11 +10,12 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+DASH = "–"
 # a change counts where quartiles do not overlap and medians are further apart than this
 THRESHOLD = 0.05
 # memory does not depend on the machine's mood
@@ -53,18 +54,15 @@ def records(contents: dict[str, Any]) -> list[Record]:
     return [benchmark["extra_info"] for benchmark in contents["benchmarks"]]
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, or a dash."""
+def _number(value: float | None, digits: int = 3, unit: float = 1) -> str:
+    """A number in some unit with so many significant digits, or a dash."""
     if value is None:
-        return "–"
+        return DASH
+    value /= unit
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits - 1}e}"
     magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     return f"{value:.{max(0, digits - magnitude)}f}"
-
-
-def _mib(value: float | None) -> str:
-    return _number(None if value is None else value / MIB)
 
 
 def markdown(columns: Iterable[str], rows: Iterable[Iterable[object]], left: int) -> str:
@@ -80,38 +78,46 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[object]], left: int
 
 def table(group: list[Record]) -> str:
     """A Markdown table of the subjects of one case, the fastest first."""
-    columns = {
+    columns: dict[str, Callable[[Record], str]] = {
         "subject": lambda r: r["subject"],
         "median ms": lambda r: _number(r["median_ms"]),
         "quartiles ms": lambda r: f"{_number(r['low_ms'])}–{_number(r['high_ms'])}",
         "device ms": lambda r: _number(r["device_median_ms"]),
+        "us a step": lambda r: _number(_step_us(r)),
         "x ours": lambda r: _number(r["time_ratio"]),
-        "peak MiB": lambda r: _mib(r["peak_bytes"]),
-        "held MiB": lambda r: _mib(r["held_bytes"]),
-        "beyond MiB": lambda r: _mib(r["held_beyond_bytes"]),
-        "GFLOP": lambda r: _number(r["flops"] / 1e9),
+        "peak MiB": lambda r: _number(r["peak_bytes"], unit=MIB),
+        "held MiB": lambda r: _number(r["held_bytes"], unit=MIB),
+        "beyond MiB": lambda r: _number(r["held_beyond_bytes"], unit=MIB),
+        "GFLOP": lambda r: _number(r["flops"], unit=1e9),
         "floor ms": lambda r: _number(r["floor_ms"]),
         "% of floor": lambda r: _number(100 * r["fraction_of_floor"]),
-        "spikes a step": lambda r: _number(r["spikes_a_step"]),
-        "samples/s": lambda r: _number(r["samples"] and 1e3 * r["samples"] / r["median_ms"], 4),
-        "rounds": lambda r: r["rounds"],
+        "spikes a step": lambda r: _number(r.get("spikes_a_step")),
+        "samples/s": lambda r: _number(_samples_per_second(r), 4),
+        "s an epoch": lambda r: _number(_epoch_seconds(r)),
+        "rounds": lambda r: str(r["rounds"]),
     }
-    needs = {
-        "device ms": "device_median_ms",
-        "held MiB": "held_bytes",
-        "beyond MiB": "held_bytes",
-        "spikes a step": "spikes_a_step",
-        "samples/s": "samples",
-    }
-    # a record holds some of these only where they mean something
-    group = [{"samples": None, "spikes_a_step": None, **r} for r in group]
-    shown = {
-        name: value
-        for name, value in columns.items()
-        if name not in needs or any(r[needs[name]] is not None for r in group)
-    }
-    group.sort(key=lambda r: r["median_ms"])
-    return markdown(shown, ([value(r) for value in shown.values()] for r in group), left=1)
+    group = sorted(group, key=lambda r: r["median_ms"])
+    cells = {name: [value(r) for r in group] for name, value in columns.items()}
+    # some of these mean something for some kinds, and on a GPU, alone
+    shown = {name: column for name, column in cells.items() if set(column) != {DASH}}
+    return markdown(shown, zip(*shown.values(), strict=True), left=1)
+
+
+def _step_us(r: Record) -> float | None:
+    """Microseconds of the device a time step, of a layer."""
+    if r["device_median_ms"] is None or not r["mode"].startswith("forward"):
+        return None
+    return 1e3 * r["device_median_ms"] / r["T"]
+
+
+def _samples_per_second(r: Record) -> float | None:
+    return 1e3 * r["samples"] / r["median_ms"] if "samples" in r else None
+
+
+def _epoch_seconds(r: Record) -> float | None:
+    """Seconds that an epoch of the whole set takes at this pace, where the shape is the set's."""
+    full = 0 if r["scaled"] else r.get("samples_of_full", 0)
+    return full / _samples_per_second(r) if full else None
 
 
 def describe(r: Record) -> str:
@@ -246,8 +252,7 @@ def render(folder: Path) -> Path:
     Raises:
         FileNotFoundError: no record there.
     """
-    # bench.gpu shows its own record itself
-    paths = sorted(p for p in folder.glob("*.json") if not p.name.startswith("gpu-"))
+    paths = sorted(folder.glob("*.json"))
     if not paths:
         raise FileNotFoundError(
             f"{folder}: no record; write one: "
@@ -317,7 +322,7 @@ def compare(
         for field in ("peak_bytes", "held_bytes"):
             if was[field] and now[field] and abs(now[field] / was[field] - 1) > MEMORY_THRESHOLD:
                 more = now[field] > was[field]
-                memory = f": {field} {_mib(was[field])} -> {_mib(now[field])} MiB"
+                memory = f": {field} {was[field] / MIB:.3g} -> {now[field] / MIB:.3g} MiB"
                 note("more memory" if more else "less memory", was, memory, more)
     return lines, regressions
 

@@ -150,7 +150,9 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     count = cost.layer(kind, case.N, inputs, backward, not projects, element)
     runs = GraphedCall(call, problem.device) if graphed else call
     check = functools.partial(_check, problem, runs, kind, module)
-    return Entry(runs, check, count * (case.T * case.B), call if backward and not graphed else None)
+    # torch saves nothing where a graph or a launch stands instead of autograd
+    plain = backward and not graphed and not isinstance(call, KernelCall)
+    return Entry(runs, check, count * (case.T * case.B), call if plain else None)
 
 
 def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str], Entry]:
