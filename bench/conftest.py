@@ -8,7 +8,9 @@ by the measured time.
 from __future__ import annotations
 
 import gc
+import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from bench.subjects import Entry, Wrong
 from gpn_triton import device as machine
 
 _contests = pytest.StashKey[dict[str, Contest]]()
+_deadline = pytest.StashKey[float]()
 _left_out = pytest.StashKey[list[dict[str, str]]]()
 _records = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -51,6 +54,10 @@ class ReplayedClock:
 
 
 _clock = ReplayedClock()
+# the kernels' tiles are timed where kernels run
+collect_ignore = ["bench_tuning.py"]
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
+    collect_ignore = []
 
 
 def pytest_addoption(parser):
@@ -70,19 +77,18 @@ def pytest_addoption(parser):
         help="go on past --rounds, up to 5 times as many, within so many seconds a case",
     )  # fmt: skip
     group.addoption(
+        "--budget", type=float, default=math.inf,
+        help="seconds after which no subject is begun (default: no end)",
+    )  # fmt: skip
+    group.addoption("--commit", help="of the tree, where it came without its history")
+    group.addoption(
         "--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)"
     )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    """Show the columns that mean something for rounds taken in turns, the fastest first."""
     config.stash[_contests], config.stash[_left_out], config.stash[_records] = {}, [], []
-    given = " ".join(map(str, config.invocation_params.args))
-    if "--benchmark-columns" not in given and hasattr(config.option, "benchmark_columns"):
-        config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
-    if "--benchmark-sort" not in given and hasattr(config.option, "benchmark_sort"):
-        config.option.benchmark_sort = "median"
+    config.stash[_deadline] = time.monotonic() + config.getoption("--budget")
 
 
 def _device(config) -> torch.device:
@@ -92,21 +98,25 @@ def _device(config) -> torch.device:
 
 
 def pytest_generate_tests(metafunc):
-    """Cases of the kind that the module names in KIND, and its SUBJECTS."""
+    """Cases of the kind that the module names in KIND, and its SUBJECTS, or those of a case."""
     if "case" not in metafunc.fixturenames:
         return
     size = metafunc.config.getoption("--size")
     size = size or ("full" if _device(metafunc.config).type == "cuda" else "small")
-    metafunc.parametrize("subject", metafunc.module.SUBJECTS)
-    metafunc.parametrize("case", cases(metafunc.module.KIND, size), ids=str)
+    kind, subjects = metafunc.module.KIND, metafunc.module.SUBJECTS
+    pairs = [
+        (subject, case)
+        for case in cases(kind, size)
+        for subject in (subjects(case) if callable(subjects) else subjects)
+    ]
+    ids = [f"{subject}-{case}" for subject, case in pairs]
+    metafunc.parametrize(("subject", "case"), pairs, ids=ids)
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "contest" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=_clock, group=_group(item)))
-    # all subjects of a case one after the other: only one case's tensors live at a time
-    items.sort(key=lambda item: (item.path, item.originalname, _group(item)))
 
 
 def _group(item) -> str:
@@ -149,7 +159,8 @@ def contest(request, benchmark, device, ceilings):
             share, options = 0.4 if case.scaled else 1.0, request.config.option
             rounds = 1 if benchmark.disabled else max(2, round(share * options.rounds))
             seconds = share * options.case_seconds
-            contests[group] = Contest(case, prepare, rivals, device, rounds, seconds)
+            deadline = request.config.stash[_deadline]
+            contests[group] = Contest(case, prepare, rivals, device, rounds, seconds, deadline)
         entered = contests[group]
         if subject in entered.failed:
             outcome, reason = entered.left_out(subject)
@@ -160,6 +171,7 @@ def contest(request, benchmark, device, ceilings):
             raise entered.failed[subject]
         wall = entered.times[subject].wall
         record = entered.record(subject, ceilings, group=group, **info)
+        record["commit"] = request.config.getoption("--commit") or record["commit"]
         benchmark.extra_info.update(record)
         request.config.stash[_records].append(record)
         benchmark.pedantic(_clock.advance, rounds=len(wall), setup=_clock.replay(wall))
@@ -199,12 +211,3 @@ def pytest_terminal_summary(terminalreporter, config):
     for name, group in report.by_group(full).items():
         terminalreporter.write_line(f"\n{name}: {report.describe(group[0])}")
         terminalreporter.write_line(report.table(group))
-
-
-def pytest_report_header(config):
-    device = _device(config)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return (
-        f"gpn_triton benchmarks: {device}, {torch.get_num_threads()} threads, load {load:.1f}, "
-        f"torch {torch.__version__}"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,21 +22,26 @@ STRATEGIES = ("persistent", "stepwise")
 
 
 def choose_plan(
-    T: int, B: int, N: int, dtype: torch.dtype, device: torch.device, strategy: str
+    T: int,
+    B: int,
+    N: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    strategy: str,
+    tile: tiles.Tile | None = None,
 ) -> tiles.Plan:
-    """The plan of a layer of the full neuron on a device.
+    """The plan of a layer of the full neuron on a device, with a tile instead of those chosen.
 
     Raises:
         Unavailable: the layer cannot run by the strategy.
     """
     limits = machine.kernel_limits() if device.type == "cuda" else {}
-    precision = machine.float32_precision()
+    limits["precision"] = machine.float32_precision()
     try:
-        return tiles.choose(
-            T, B, N, dtype, GATES["full"], precision=precision, strategy=strategy, **limits
-        )
+        plan = tiles.choose(T, B, N, dtype, GATES["full"], strategy=strategy, **limits)
     except ValueError as error:
         raise Unavailable(str(error)) from None
+    return plan if tile is None else replace(plan, forward=tile, backward=tile)
 
 
 class KernelCall(Call):
@@ -43,13 +49,13 @@ class KernelCall(Call):
 
     Args:
         problem: the numbers, without an input Linear. strategy: one of STRATEGIES.
-        backward: forward and backward. plan: instead of the one chosen for the strategy.
+        backward: forward and backward. tile: instead of those chosen for the strategy.
     Raises:
         Unavailable: the kernels cannot run here, or not by the strategy.
     """
 
     def __init__(
-        self, problem: Problem, strategy: str, backward: bool, plan: tiles.Plan | None = None
+        self, problem: Problem, strategy: str, backward: bool, tile: tiles.Tile | None = None
     ):
         if reason := machine.triton_unavailable(problem.x):
             raise Unavailable(reason)
@@ -57,15 +63,15 @@ class KernelCall(Call):
         from gpn_triton.kernels.recurrence_backward import recurrence_backward
         from gpn_triton.kernels.recurrence_forward import recurrence_forward
 
-        self.plan = plan or choose_plan(*problem.x.shape, problem.dtype, problem.device, strategy)
+        plan = choose_plan(*problem.x.shape, problem.dtype, problem.device, strategy, tile)
         gates, leaves = GATES["full"], {"x": problem.x, **problem.weights}
         tensors = (*leaves.values(), problem.v_reset)
         forward = functools.partial(
-            recurrence_forward, *tensors, problem.v_reset, gates, int(backward), False, self.plan
+            recurrence_forward, *tensors, problem.v_reset, gates, int(backward), False, plan
         )
         super().__init__(forward, leaves, problem.cotangent if backward else None)
         self._backward = functools.partial(recurrence_backward, self.cotangent, None, *tensors)
-        self._options = (gates, "atan", 2.0, 1, False, self.plan)
+        self._options = (gates, "atan", 2.0, 1, False, plan)
         self._gradients: dict[str, Tensor] = {}
 
     def __call__(self) -> None:

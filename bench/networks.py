@@ -7,7 +7,6 @@ neuron, so that only the neuron differs.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +22,13 @@ from bench.subjects import (
     DTYPES,
     GATE_WEIGHTS,
     ROWS,
+    SPIKING,
     TOLERANCE,
     Entry,
     compare,
     compare_gradients,
     double_leaves,
-    lif_under,
-    specification_under,
+    expect,
 )
 from gpn_triton import build, cost, gpn
 from gpn_triton.config import TrainConfig
@@ -171,9 +170,9 @@ def steps(
 def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
     """Run the network forward and backward once and compare every layer with float64.
 
-    At the shape that is timed, without dropout, with a loss over ROWS samples alone. A layer of
-    spikes is judged on the input it got and the gradient it was given, as rounding of a layer
-    before may flip a spike and what follows is then another problem; other networks as a whole.
+    At the shape that is timed, without dropout, with a loss over ROWS samples alone. A layer is
+    judged on the input it got and the gradient it was given: rounding of a layer before may flip a
+    spike, and what follows is then another problem.
     """
     g = torch.Generator(device).manual_seed(1)
     x = torch.rand(case.T, case.B, case.inputs, generator=g, device=device)
@@ -181,17 +180,17 @@ def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
     x = (x < EVENTS / (case.T * case.inputs)).float()
     rows = torch.linspace(0, case.B - 1, min(case.B, ROWS), device=device).round().long()
     weights = torch.randn(len(rows), case.classes, generator=g, device=device)
-    model, margin_share = trainer.model, TOLERANCE[DTYPES[case.dtype]]
+    model, kind = trainer.model, trainer.cfg.neuron
     seen: dict[nn.Module, dict[str, Tensor]] = {}
 
     def keep(module: nn.Module, inputs: tuple, outputs: tuple) -> None:
-        record = {"x": inputs[0].detach(), "out": outputs[0].detach()}
-        inputs[0].register_hook(lambda g: record.__setitem__("g_x", g.detach()))
+        seen[module] = record = {"x": inputs[0].detach(), "out": outputs[0].detach()}
         outputs[0].register_hook(lambda g: record.__setitem__("g_out", g.detach()))
-        seen[module] = record
+        # a network's input needs none
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda g: record.__setitem__("g_x", g.detach()))
 
-    spiking = trainer.cfg.neuron in ("gpn", "lif")
-    hooks = [m.register_forward_hook(keep) for m in model.neurons] if spiking else []
+    hooks = [module.register_forward_hook(keep) for module in model.neurons]
     model.eval()
     with torch.autocast(device.type, trainer.amp, enabled=trainer.amp is not None):
         logits, activity = model(x)
@@ -200,53 +199,35 @@ def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
         hook.remove()
     try:
         for module, record in seen.items():
-            if trainer.cfg.neuron == "gpn":
-                _check_gpn(module, trainer.cfg.backend, record, rows, *margin_share)
-            else:
-                # rounding may flip a spike, and the trajectory parts from there on
-                allowed = 1e-4 if case.dtype == "float32" else 0.02
-                lif_under(*(record[k][:, rows].cpu().double() for k in ("out", "x")), allowed)
-        if not spiking:
-            _check_whole(model, x[:, rows], logits[rows], weights, margin_share[1])
+            _check_layer(module, kind, record, rows, TOLERANCE[DTYPES[case.dtype]])
     finally:
         model.zero_grad(set_to_none=True)
         model.train()
-    if not spiking:
+    if kind not in SPIKING:
         return {}
     size = torch.tensor(case.hidden, device=activity.device)
     return {"spikes_a_step": (activity * size).sum().item()}
 
 
-def _check_gpn(
-    module: nn.Module, backend: str, record: dict, rows: Tensor, margin: float, share: float
+def _check_layer(
+    module: nn.Module, kind: str, record: dict, rows: Tensor, tolerance: tuple[float, float]
 ) -> None:
-    """Compare one layer's spikes (or their mean) and gradients with the specification."""
+    """Compare one layer's output (spikes, or their mean) and gradients with float64."""
     looped = isinstance(module, LoopGPN)
-    parameters = {n: getattr(module.layer if looped else module, n) for n in GATE_WEIGHTS}
-    spikes, cotangent, T = record["out"], record["g_out"], len(record["x"])
-    if spikes.ndim == 2:
-        x, weights = record["x"], parameters.values()
+    parameters = dict((module.layer if looped else module).named_parameters())
+    x, out, cotangent = record["x"], record["out"], record["g_out"]
+    if out.ndim == 2:
+        weights = [parameters[name] for name in GATE_WEIGHTS]
         with torch.no_grad():
-            spikes = module.spikes(x) if looped else gpn(x, *weights, backend=backend)[0]
-        compare("the mean of the spikes", record["out"], spikes.double().mean(0), 1e-3)
-        cotangent = (cotangent / T).expand(T, -1, -1)
-    spikes = spikes[:, rows].cpu().double()
-    leaves = double_leaves({"x": record["x"], **parameters}, rows)
-    no_reset = torch.zeros_like(spikes[0])
-    smooth = specification_under(
-        spikes, *(leaves[name] for name in ("x", *GATE_WEIGHTS)), no_reset, margin
-    )
-    smooth.backward(cotangent[:, rows].cpu().double())
-    gradients = {"x": record["g_x"], **{name: p.grad for name, p in parameters.items()}}
-    compare_gradients(gradients, leaves, rows, share)
-
-
-def _check_whole(model: nn.Module, x: Tensor, logits: Tensor, weights: Tensor, share: float):
-    """Compare a network's logits and gradients with its float64 twin's."""
-    twin = copy.deepcopy(model).cpu().double()
-    twin.zero_grad(set_to_none=True)
-    expected, _ = twin(x.cpu().double())
-    (expected * weights.cpu().double()).sum().backward()
-    compare("the logits", logits, expected, share)
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        compare(f"the gradient of {name}", p.grad, q.grad, share)
+            spikes = module.spikes(x) if looped else gpn(x, *weights)[0]
+        compare("the mean of the spikes", out, spikes.double().mean(0), 1e-3)
+        out, cotangent = spikes, (cotangent / len(x)).expand(len(x), -1, -1)
+    got = out[:, rows].cpu().double()
+    leaves = double_leaves({"x": x, **parameters}, rows)
+    no_reset = torch.zeros_like(got[0])
+    expected = expect(kind, leaves["x"], leaves, got, tolerance, no_reset, module)
+    if expected.requires_grad:
+        expected.backward(cotangent[:, rows].cpu().double())
+        gradients = {name: p.grad for name, p in parameters.items()}
+        gradients |= {"x": record["g_x"]} if "g_x" in record else {}
+        compare_gradients(gradients, leaves, rows, tolerance[1])

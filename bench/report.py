@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ THRESHOLD = 0.05
 MEMORY_THRESHOLD = 0.01
 # what makes two records ones of the same benchmark
 KEY = ("group", "subject", "T", "B", "inputs", "dtype", "hidden")
-PLOTS = ("time against T", "time against N", "time against B", "memory against T", "roofline")
+PLOTS = ("time against T", "time against N", "time against B", "memory against T")
 Record = dict[str, Any]
 
 
@@ -190,14 +191,10 @@ def draw(path: Path, found: list[Record]) -> dict[str, Path]:
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         for subject, points in sorted(lines.items()):
-            style = "o-" if name != "roofline" else "o"
             width = 2.2 if subject.startswith("gpn") else 1.2
-            axes.plot(*zip(*sorted(points), strict=True), style, label=subject, linewidth=width)
-        if name == "roofline":
-            _draw_roof(axes, found, lines)
-        else:
-            axes.set_xlabel({"T": "time bins T", "N": "neurons N", "B": "batch B"}[name[-1]])
-            axes.set_ylabel("peak MiB" if name.startswith("memory") else "median ms")
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=subject, linewidth=width)
+        axes.set_xlabel({"T": "time bins T", "N": "neurons N", "B": "batch B"}[name[-1]])
+        axes.set_ylabel("peak MiB" if name.startswith("memory") else "median ms")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.grid(True, which="major", linewidth=0.4)
@@ -212,34 +209,23 @@ def draw(path: Path, found: list[Record]) -> dict[str, Path]:
 
 def _lines(name: str, found: list[Record]) -> dict[str, list[tuple[float, float]]]:
     """Points of one plot by subject; forward and backward, in the record's first dtype."""
-    dtype = found[0]["dtype"]
-    chosen = [r for r in found if r["mode"] == "forward+backward" and r["dtype"] == dtype]
-    if name == "roofline":
-        chosen = [r for r in chosen if r["flops"]]
-        x, y = (lambda r: r["flops"] / r["bytes"]), (lambda r: r["flops"] / r["median_ms"] / 1e6)
-    else:
-        what, axis = name.split(" against ")
-        kind = "long_sequence" if axis == "T" else "recurrence"
-        chosen = [r for r in chosen if r["kind"] == kind and (axis == "T" or r["case"][0] == axis)]
-        x = {"T": lambda r: r["T"], "N": lambda r: r["hidden"][0], "B": lambda r: r["B"]}[axis]
-        y = (lambda r: r["peak_bytes"] / MIB) if what == "memory" else (lambda r: r["median_ms"])
+    what, axis = name.split(" against ")
+    kind = "long_sequence" if axis == "T" else "recurrence"
+    # a case is named for the one size that it varies
+    chosen = [
+        r
+        for r in found
+        if r["mode"] == "forward+backward"
+        and r["dtype"] == found[0]["dtype"]
+        and r["kind"] == kind
+        and (axis == "T" or re.fullmatch(rf"{axis}\d+(-[a-z]+\d+)?", r["case"]))
+    ]
+    x = {"T": lambda r: r["T"], "N": lambda r: r["hidden"][0], "B": lambda r: r["B"]}[axis]
+    y = (lambda r: r["peak_bytes"] / MIB) if what == "memory" else (lambda r: r["median_ms"])
     lines: dict[str, list[tuple[float, float]]] = {}
     for r in chosen:
         lines.setdefault(r["subject"], []).append((x(r), y(r)))
     return lines
-
-
-def _draw_roof(axes, found: list[Record], lines: dict[str, list[tuple[float, float]]]) -> None:
-    """The ceilings over the points."""
-    rate = found[0]["ceilings"]
-    xs = [x for points in lines.values() for x, _ in points]
-    low, high = min(xs) / 4, max(xs) * 4
-    ridge = rate["flops_per_s"] / rate["bytes_per_s"]
-    at = sorted({low, min(max(ridge, low), high), high})
-    roof = [min(rate["flops_per_s"], x * rate["bytes_per_s"]) / 1e9 for x in at]
-    axes.plot(at, roof, color="0.4", linewidth=1, label="ceilings")
-    axes.set_xlabel("operations a byte, counted")
-    axes.set_ylabel("GFLOP/s")
 
 
 def render(folder: Path) -> Path:

@@ -44,10 +44,14 @@ TOLERANCE = {
 DTYPES = {str(d).removeprefix("torch."): d for d in TOLERANCE}
 
 GATE_WEIGHTS = ("weight_x", "weight_v", "bias")
-OURS = ("gpn-torch", "gpn-torch-every-10", "gpn-triton", "gpn-triton-every-10", "gpn-triton-graph")
+SPIKING = ("gpn", "lif")
+OURS = (
+    "gpn-torch", "gpn-torch-every-10", "gpn-triton", "gpn-triton-every-10", "gpn-triton-graph",
+    "gpn-persistent", "gpn-stepwise",
+)  # fmt: skip
 LOOPS = ("loop", "authors", "hoisted", "hoisted-compiled-step", "authors-graph", "hoisted-graph")
 OTHERS = (
-    "lstm", "lstm-float32", "lstm-float16", "lstm-bfloat16", "gru", "flashrnn-lstm",
+    "lstm", "lstm-graph", "lstm-float32", "lstm-float16", "lstm-bfloat16", "gru", "flashrnn-lstm",
     "lif", "spikingjelly-lif",
 )  # fmt: skip
 SUBJECTS = OURS + LOOPS + OTHERS
@@ -139,7 +143,9 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     Raises:
         Unavailable: it cannot take part here, with the reason.
     """
-    graphed = subject.endswith("-graph")
+    # the launches alone would be timed at the host's pace
+    launches = subject.removeprefix("gpn-") in STRATEGIES
+    graphed = subject.endswith("-graph") or (launches and problem.device.type == "cuda")
     if graphed and problem.device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
     kind, call, module = _build(problem, subject.removesuffix("-graph"), backward)
@@ -151,7 +157,7 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     runs = GraphedCall(call, problem.device) if graphed else call
     check = functools.partial(_check, problem, runs, kind, module)
     # torch saves nothing where a graph or a launch stands instead of autograd
-    plain = backward and not graphed and not isinstance(call, KernelCall)
+    plain = backward and not graphed and not launches
     return Entry(runs, check, count * (case.T * case.B), call if plain else None)
 
 
@@ -174,6 +180,8 @@ def _build(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, A
     if subject.startswith("gpn-"):
         _, backend, *every = subject.split("-")
         if backend in STRATEGIES:
+            if problem.projects:
+                raise Unavailable("the kernels alone are timed without an input Linear")
             return "gpn", KernelCall(problem, backend, backward), None
         leaves = problem.leaves()
         if backend == "triton" and device.type != "cuda":
@@ -281,34 +289,59 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
     problem.cotangent.copy_(kept)
     if not torch.isfinite(out).all():
         raise Wrong("the result is not finite")
-    margin, share = TOLERANCE[call_dtype(inner)]
-    rows, got = problem.rows, out[:, problem.rows].cpu().double()
-    leaves = double_leaves(inner.leaves, rows)
+    rows, tolerance = problem.rows, TOLERANCE[call_dtype(inner)]
+    leaves, got = double_leaves(inner.leaves, rows), out[:, rows].cpu().double()
+    v_reset = problem.v_reset[rows].cpu().double()
+    current = problem.current(leaves) if kind in SPIKING else leaves["x"]
+    expected = expect(kind, current, leaves, got, tolerance, v_reset, module)
+    if gradients and expected.requires_grad:
+        expected.backward(problem.cotangent[:, rows].cpu().double())
+        compare_gradients(gradients, leaves, rows, tolerance[1])
+    steps = problem.case.T * problem.case.B
+    return {"spikes_a_step": out.sum().item() / steps} if kind in SPIKING else {}
+
+
+def expect(
+    kind: str,
+    current: Tensor,
+    leaves: dict[str, Tensor],
+    got: Tensor,
+    tolerance: tuple[float, float],
+    v_reset: Tensor,
+    module: nn.Module | None,
+) -> Tensor:
+    """What a layer should put out, after comparing it with what it did; all in float64.
+
+    Args:
+        kind: gpn, lif, lstm or gru. current [T, R, N]: of a spiking layer, made from the leaves.
+        leaves: x [T, R, C] and weights. got [T, R, N]: the layer's output.
+        tolerance: of TOLERANCE. v_reset [R, N]. module: of an LSTM or GRU, whose float64 twin
+            specifies it.
+    Returns:
+        [T, R, N], differentiable unless a flipped spike makes gradients incomparable.
+    Raises:
+        Wrong: the layer's output departs.
+    """
+    margin, share = tolerance
     if kind == "gpn":
         if "weight_vx" in leaves:
-            weight_v, weight_x = leaves["weight_vx"].split(problem.case.N, 1)
+            weight_v, weight_x = leaves["weight_vx"].split(got.shape[-1], 1)
         else:
             weight_v, weight_x = leaves["weight_v"], leaves["weight_x"]
-        expected = specification_under(
-            got, problem.current(leaves), weight_x, weight_v, leaves["bias"],
-            problem.v_reset[rows].cpu().double(), margin,
-        )  # fmt: skip
-    elif kind == "lif":
-        # a trajectory parts for good where rounding flips a spike, so half types may differ
-        allowed = 0 if share <= 1e-3 else 0.02
-        expected, flips = lif_under(got, problem.current(leaves), allowed)
-        gradients = {} if flips else gradients
-    else:
-        twin = copy.deepcopy(module).cpu().double()
-        expected = torch.func.functional_call(
-            twin, {k: v for k, v in leaves.items() if k != "x"}, (leaves["x"],)
-        )[0]
-        compare("the result", got, expected, share)
-    if gradients:
-        expected.backward(problem.cotangent[:, rows].cpu().double())
-        compare_gradients(gradients, leaves, rows, share)
-    steps = problem.case.T * problem.case.B
-    return {"spikes_a_step": out.sum().item() / steps} if kind in ("gpn", "lif") else {}
+        weights = weight_x, weight_v, leaves["bias"]
+        return specification_under(got, current, *weights, v_reset, margin)
+    if kind == "lif":
+        expected, _ = reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)
+        differ = (expected != got).double().mean().item()
+        # a trajectory parts for good where rounding flips a spike
+        if differ > (1e-4 if share <= 1e-3 else 0.02):
+            raise Wrong(f"{differ:.2%} of the spikes differ from the float64 LIF")
+        return expected.detach() if differ else expected
+    twin = copy.deepcopy(module).cpu().double()
+    weights = {name: leaf for name, leaf in leaves.items() if name != "x"}
+    expected = torch.func.functional_call(twin, weights, (leaves["x"],))[0]
+    compare("the result", got, expected, share)
+    return expected
 
 
 def double_leaves(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -317,19 +350,6 @@ def double_leaves(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]
         name: (t[:, rows] if name == "x" else t).detach().cpu().double().requires_grad_()
         for name, t in tensors.items()
     }
-
-
-def lif_under(spikes: Tensor, current: Tensor, allowed: float) -> tuple[Tensor, float]:
-    """The float64 LIF's spikes, and the share of given ones that differ from them.
-
-    Raises:
-        Wrong: that share is larger than allowed.
-    """
-    expected, _ = reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)
-    differ = (expected != spikes).double().mean().item()
-    if differ > allowed:
-        raise Wrong(f"{differ:.2%} of the spikes differ from the float64 LIF")
-    return expected, differ
 
 
 def specification_under(
