@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 SIZES = ("full", "small", "tiny")
-KINDS = ("recurrence", "layer", "train_step", "epoch", "binning", "long_sequence")
+KINDS = ("recurrence", "layer", "train_step", "epoch", "binning", "long_sequence", "tuning")
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,18 @@ class Case:
         return self.name
 
 
-def _case(kind: str, name: str, full: tuple, small: tuple, **options) -> tuple[Case, Case]:
-    """The case at full size and scaled down; sizes are (T, B, hidden)."""
+def _case(kind: str, name: str, full: tuple, small: tuple | None, **options) -> tuple:
+    """The case at full size and scaled down, or None: for a GPU alone; sizes are (T, B, hidden)."""
 
     def make(T, B, hidden):
         inputs = options.get("inputs") or hidden[0]
         return Case(name, kind, T, B, hidden, **{**options, "inputs": inputs}, full=full)
 
-    large, little = make(*full), make(*small)
+    if small is None:
+        return make(*full), None
     # a CPU's compiler takes longer: there only where the shape is the headline's
-    return large, replace(little, compiled=little.compiled and not little.scaled)
+    little = make(*small)
+    return make(*full), replace(little, compiled=little.compiled and not little.scaled)
 
 
 SHD = {"inputs": 700, "classes": 20}
@@ -81,6 +83,15 @@ _TABLE = [
         _case("recurrence", f"B{B}", (100, B, (128,)), (20, b, (64,)))
         for B, b in ((32, 8), (1024, 64), (2048, 128), (8192, 256))
     ),
+    *(
+        _case("recurrence", f"N{N}-B{B}", (100, B, (N,)), None)
+        for B in (32, 2048)
+        for N in (512, 256, 64)
+    ),
+    *(
+        _case("tuning", f"N{N}-B{B}", (100, B, (N,)), None)
+        for N, B in ((128, 256), (512, 256), (256, 256), (64, 256), (128, 2048), (512, 2048))
+    ),
     # the headline: the first layer of the SHD network, never scaled
     _case("layer", "shd", (100, 256, (128,)), (100, 256, (128,)), inputs=700, compiled=True),
     _case("layer", "ssc", (50, 256, (512,)), (10, 32, (512,)), inputs=700),
@@ -95,6 +106,10 @@ _TABLE = [
     _case("train_step", "ssc-wide", (60, 1024, (1024,) * 3), (4, 16, (256,) * 3), **SSC),
     _case("epoch", "shd", (100, 256, (128,)), (20, 64, (128,)), **SHD),
     _case("epoch", "ssc", (50, 256, _SSC_HIDDEN), (5, 64, (128, 64)), **SSC),
+    *(
+        _case("epoch", f"ssc-T{T}-B{B}", (T, B, _SSC_HIDDEN), None, **SSC)
+        for T, B in ((100, 2048), (100, 256), (50, 2048))
+    ),
     _case("binning", "shd", (100, 256, ()), (100, 64, ()), **SHD),
     _case("binning", "fine", (1000, 256, ()), (1000, 16, ()), **SHD),
     *(
@@ -116,6 +131,7 @@ _TINY = {
     "epoch": ("tiny", 4, 6, (8,), 700),
     "binning": ("tiny", 6, 4, (), 700),
     "long_sequence": ("tiny", 12, 2, (8,), 8),
+    "tuning": ("tiny", 3, 3, (16,), 16),
 }
 
 
@@ -134,7 +150,7 @@ def cases(kind: str, size: str) -> list[Case]:
         classes = 20 if kind in ("train_step", "epoch", "binning") else 0
         return [Case(name, kind, T, B, hidden, inputs, classes, full=(T, B, hidden))]
     if size == "small":
-        return [small for _, small in _TABLE if small.kind == kind]
-    return [full for full, _ in _TABLE if full.kind == kind] + [
-        case for case in _HALF if case.kind == kind
-    ]
+        return [small for _, small in _TABLE if small and small.kind == kind]
+    # tiles are compared in the dtype that matters
+    found = [full for full, _ in _TABLE] if kind != "tuning" else []
+    return [case for case in found + _HALF if case.kind == kind]

@@ -89,21 +89,28 @@ def compiled_loop():
 
 
 class LoopGPN(nn.Module):
-    """A GPN layer's weights run by reference.gpn_loop under autograd, for whole networks."""
+    """A GPN layer's weights run by reference.gpn_loop under autograd, for whole networks.
 
-    def __init__(self, layer: GPN):
+    Args:
+        layer: holds the weights. mean: put out the mean of the spikes over time.
+    """
+
+    def __init__(self, layer: GPN, mean: bool):
         super().__init__()
-        self.layer = layer
+        self.layer, self.mean = layer, mean
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        spikes = self.spikes(x)
+        return spikes.mean(0) if self.mean else spikes, None
+
+    def spikes(self, x: Tensor) -> Tensor:
+        """x [T, B, N] -> spikes [T, B, N], whatever the layer puts out."""
         layer = self.layer
         v_reset = torch.zeros(x.shape[1:], device=x.device)
         if self.training:
             v_reset.normal_(0, layer.reset_std)
-        spikes, v = reference.gpn_loop(
-            x, layer.weight_x, layer.weight_v, layer.bias, v_reset, v_reset
-        )
-        return spikes.mean(0) if layer.options.output == "mean" else spikes, v
+        weights = layer.weight_x, layer.weight_v, layer.bias
+        return reference.gpn_loop(x, *weights, v_reset, v_reset)[0]
 
 
 def flashrnn_lstm(N: int, device: torch.device):

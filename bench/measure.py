@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
+from gpn_triton.graphs import WARM_RUNS, Graphs
+
+# a round on a GPU lasts at least so long
+STRETCH_SECONDS = 2e-3
+
 
 class Call:
     """One call to be timed: forward, or forward and backward, on tensors that stay in place.
@@ -59,37 +64,33 @@ class Call:
 
 
 class GraphedCall:
-    """A Call captured once as a CUDA graph; calling replays it.
+    """A call captured once as a CUDA graph; calling replays it.
 
     Attributes:
+        call: what was captured.
         peak_bytes: memory the graph holds, counted while it was captured (a replay allocates none).
     """
 
-    def __init__(self, call: Call):
-        self.call = call
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        call.clear()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            call()
-        torch.cuda.synchronize()
-        self.peak_bytes = torch.cuda.max_memory_allocated() - before
-        self.out, self._gradients = call.out, call.gradients()
+    def __init__(self, call: Callable[[], object], device: torch.device):
+        self.call, self.graphs = call, Graphs(device, True)
+        for _ in range(WARM_RUNS):
+            self()
+        if isinstance(call, Call):
+            call.clear()
+        # the next run captures, then replays
+        self.peak_bytes = _allocated(self, device)
 
     def __call__(self) -> None:
-        self.graph.replay()
+        self.graphs.run("call", self.call)
+
+    @property
+    def out(self) -> Tensor:
+        """The last replay's result, in the same memory every time."""
+        return self.call.out
 
     def gradients(self) -> dict[str, Tensor]:
         """The last replay's gradients by leaf."""
-        return self._gradients
+        return self.call.gradients()
 
 
 @dataclass
@@ -100,22 +101,22 @@ class Times:
     device: list[float] = field(default_factory=list)
 
 
-def timed(call: Callable[[], object], device: torch.device, times: Times) -> None:
-    """Add one round: the device is idle before it and has finished at its end."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        times.wall.append(time.perf_counter() - start)
-        return
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
+def timed(call: Callable[[], object], device: torch.device, times: Times, repeats: int = 1) -> None:
+    """Add one round, the mean of so many calls: the device is idle before and done at its end."""
+    cuda = device.type == "cuda"
+    if cuda:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize()
-    times.wall.append(time.perf_counter() - start)
-    times.device.append(first.elapsed_time(last) / 1e3)
+    if cuda:
+        first.record()
+    for _ in range(repeats):
+        call()
+    if cuda:
+        last.record()
+        torch.cuda.synchronize()
+        times.device.append(first.elapsed_time(last) / 1e3 / repeats)
+    times.wall.append((time.perf_counter() - start) / repeats)
 
 
 def race(
@@ -128,12 +129,19 @@ def race(
 
     Args:
         calls: what to time, by name, warmed up.
-        rounds: so many of each, but 3 of what alone has taken 2 x `seconds` by then.
+        rounds: so many of each, but 3 of what alone has taken 2 x `seconds` by then. On a GPU a
+            round of a short call is several calls, so that starting it does not show.
         seconds: go on to 5 times as many rounds within this time.
     Returns:
         Every round's times by name; round k of one and of another were taken next to each other.
     """
     results = {name: Times() for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    if device.type == "cuda":
+        for name, call in calls.items():
+            warm = Times()
+            timed(call, device, warm)
+            repeats[name] = max(1, int(STRETCH_SECONDS / warm.device[0]))
     names, start = list(calls), time.perf_counter()
     for turn in range(5 * rounds):
         if turn >= rounds and time.perf_counter() - start > seconds:
@@ -141,8 +149,8 @@ def race(
         k = turn % len(names)
         for name in names[k:] + names[:k]:
             wall = results[name].wall
-            if len(wall) < 3 or sum(wall) < 2 * seconds:
-                timed(calls[name], device, results[name])
+            if len(wall) < 3 or sum(wall) * repeats[name] < 2 * seconds:
+                timed(calls[name], device, results[name], repeats[name])
     return results
 
 
@@ -156,12 +164,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         # else the last result and gradients are freed during the call and hide as much
         call.clear()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
+        return _allocated(call, device)
     with profiler.profile(profile_memory=True) as profile:
         call()
     held = most = 0
@@ -170,6 +173,16 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+def _allocated(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that the CUDA allocator gave out during a call, beyond what it had before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def held_bytes(call: Call) -> tuple[int, int]:

@@ -7,8 +7,6 @@ neuron, so that only the neuron differs.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,37 +17,53 @@ from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.competitors import LoopGPN, Unavailable
-from bench.subjects import DTYPES, ROWS, TOLERANCE, Entry, Wrong, compare, specification_under
-from gpn_triton import GPN, SpikingClassifier, cost, reference
+from bench.measure import peak_bytes
+from bench.subjects import (
+    DTYPES,
+    GATE_WEIGHTS,
+    ROWS,
+    SPIKING,
+    TOLERANCE,
+    Entry,
+    compare,
+    compare_gradients,
+    double_leaves,
+    expect,
+)
+from gpn_triton import build, cost, gpn
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
 from gpn_triton.engine import Engine
+from gpn_triton.graphs import WARM_RUNS
 from gpn_triton.model import NEURONS
 from gpn_triton.options import TrainConfig
 
 # about as many as a sample of SHD or SSC has
 EVENTS = 4000
+# as many as a step draws from, many times over; to draw all of a large set takes half a minute
+DISTINCT = 2048
 SECONDS = 1.0
 GAIN = 5.0
 SUBJECTS = (
     "gpn", "gpn-no-graph", "gpn-torch", "gpn-every-10", "loop", "loop-graph", "lif", "lstm", "gru",
 )  # fmt: skip
-AMP = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}
+# dtype -> the training command's name of it
+AMP = {str(dtype).removeprefix("torch."): name for name, dtype in build.AMP.items() if name}
 
 
 def event_store(samples: int, channels: int, classes: int, seed: int = 0) -> EventStore:
-    """A data set of uniform events.
+    """A data set of uniform events; beyond DISTINCT samples it repeats itself.
 
     Args:
         samples: how many, each of EVENTS events within SECONDS. channels, classes: numbers of them.
     """
-    draw = np.random.default_rng(seed)
-    times = np.sort(draw.random((samples, EVENTS), np.float32) * np.float32(SECONDS), 1)
+    draw, distinct = np.random.default_rng(seed), min(samples, DISTINCT)
+    times = np.sort(draw.random((distinct, EVENTS), np.float32) * np.float32(SECONDS), 1)
     return EventStore(
-        times.ravel(),
-        draw.integers(0, channels, samples * EVENTS, np.uint16),
+        np.resize(times, samples * EVENTS),
+        np.resize(draw.integers(0, channels, times.size, np.uint16), samples * EVENTS),
         np.arange(samples + 1, dtype=np.int64) * EVENTS,
-        draw.integers(0, classes, samples, np.int64),
+        np.resize(draw.integers(0, classes, distinct, np.int64), samples),
         None,
         channels,
         tuple(map(str, range(classes))),
@@ -73,61 +87,84 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
         time_bins=case.T,
         max_time=SECONDS,
         batch_size=case.B,
-        amp=AMP[case.dtype],
+        amp=AMP.get(case.dtype),
         backend="torch" if subject == "gpn-torch" else "auto",
         checkpoint_every=10 if subject == "gpn-every-10" else None,
         # the torch path's reference is written for a CPU, the loop is the authors' way
         no_graph=subject in ("gpn-no-graph", "gpn-torch", "loop"),
     )
     torch.manual_seed(0)
-    model = SpikingClassifier(
-        case.hidden, kind, case.inputs, case.classes, cfg.dropout,
-        backend=cfg.backend, checkpoint_every=cfg.checkpoint_every,
-    )  # fmt: skip
+    model = build.build_model(cfg, case.inputs, case.classes)
     if kind in ("gpn", "lif"):
         # as drawn the neurons hardly spike; trained ones do, and the check should see spikes
         with torch.no_grad():
             for linear in model.inputs:
                 linear.weight *= GAIN
     if subject.startswith("loop"):
+        last = len(model.neurons) - 1
         for k, layer in enumerate(model.neurons):
-            model.neurons[k] = LoopGPN(layer)
+            model.neurons[k] = LoopGPN(layer, mean=k == last)
     return Engine(cfg, model.to(device).train(), device)
 
 
-def steps(case: Case, device: torch.device, batches: int) -> Callable[[str], Entry]:
+class Training:
+    """A network in training on made-up events, by the engine of the training command.
+
+    Args:
+        case: sizes. subject: one of SUBJECTS. feed: the samples. device: where it trains.
+    Attributes:
+        work: of one sample, forward and backward.
+    Raises:
+        Unavailable: the subject cannot take part here.
+    """
+
+    def __init__(self, case: Case, subject: str, feed: Feed, device: torch.device):
+        self.case, self.feed, self.device = case, feed, device
+        self.engine = engine(case, subject, device)
+        self.engine.start_epoch(feed, 0, 0)
+        draw = torch.Generator(device).manual_seed(0)
+        self.order = torch.randperm(len(feed), generator=draw, device=device)
+        kind, element = self.engine.cfg.neuron, DTYPES[case.dtype].itemsize
+        work = NEURONS[kind].work
+        count = cost.network(work, case.hidden, case.inputs, case.classes, True, element)
+        self.work = count * case.T
+
+    def run(self, steps: int) -> None:
+        """So many training steps, each on the next samples of a random order."""
+        self.feed.start(self.order, 0, self.case.B)
+        for _ in range(steps):
+            self.engine.train_step(self.feed, self.case.B)
+
+
+def steps(
+    case: Case, device: torch.device, batches: int, samples: int | None = None
+) -> Callable[[str], Entry]:
     """A function that prepares a subject by name: so many training steps a call.
 
     Args:
-        case: sizes. batches: steps of one call, on samples of their own.
+        case: sizes. batches: steps of one call. samples: of the set that they draw from; default:
+            as many as one call takes.
     """
 
     @functools.cache
-    def data() -> Feed:
-        return Feed(DeviceEvents(event_store(case.B * batches, case.inputs, case.classes), device))
+    def feed() -> Feed:
+        store = event_store(samples or case.B * batches, case.inputs, case.classes)
+        return Feed(DeviceEvents(store, device))
 
     def prepare(subject: str) -> Entry:
-        trainer, feed = engine(case, subject, device), data()
-        trainer.start_epoch(feed, 0, 0)
-
-        def call() -> None:
-            feed.start(None, 0, case.B)
-            for _ in range(batches):
-                trainer.train_step(feed, case.B)
+        training = Training(case, subject, feed(), device)
+        call = functools.partial(training.run, batches)
 
         def checked() -> dict[str, Any]:
-            seen = check(trainer, case, device)
-            # of the runs before a capture one is here, one in the warm-up; memory is counted while
-            # it is captured, as a replay allocates nothing
-            call()
+            seen = check(training.engine, case, device)
+            training.run(1)
+            if training.engine.graphs.enabled:
+                # the other runs as it is, and the capture: a replay allocates nothing
+                rest = functools.partial(training.run, WARM_RUNS)
+                seen["peak_bytes"] = peak_bytes(rest, device)
             return seen
 
-        kind = trainer.cfg.neuron
-        element = 4 if case.dtype == "float32" else 2
-        count = cost.network(
-            NEURONS[kind].work, case.hidden, case.inputs, case.classes, True, element
-        )
-        return Entry(call, checked, count * (case.T * case.B * batches))
+        return Entry(call, checked, training.work * (case.B * batches))
 
     return prepare
 
@@ -135,9 +172,9 @@ def steps(case: Case, device: torch.device, batches: int) -> Callable[[str], Ent
 def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
     """Run the network forward and backward once and compare every layer with float64.
 
-    At the shape that is timed, without dropout, with a loss over ROWS samples alone. A layer of
-    spikes is judged on the input it got and the gradient it was given, as rounding of a layer
-    before may flip a spike and what follows is then another problem; other networks as a whole.
+    At the shape that is timed, without dropout, with a loss over ROWS samples alone. A layer is
+    judged on the input it got and the gradient it was given: rounding of a layer before may flip a
+    spike, and what follows is then another problem.
     """
     g = torch.Generator(device).manual_seed(1)
     x = torch.rand(case.T, case.B, case.inputs, generator=g, device=device)
@@ -145,17 +182,17 @@ def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
     x = (x < EVENTS / (case.T * case.inputs)).float()
     rows = torch.linspace(0, case.B - 1, min(case.B, ROWS), device=device).round().long()
     weights = torch.randn(len(rows), case.classes, generator=g, device=device)
-    model, margin_share = trainer.model, TOLERANCE[DTYPES[case.dtype]]
+    model, kind = trainer.model, trainer.cfg.neuron
     seen: dict[nn.Module, dict[str, Tensor]] = {}
 
     def keep(module: nn.Module, inputs: tuple, outputs: tuple) -> None:
-        record = {"x": inputs[0].detach(), "out": outputs[0].detach()}
-        inputs[0].register_hook(lambda g: record.__setitem__("g_x", g.detach()))
+        seen[module] = record = {"x": inputs[0].detach(), "out": outputs[0].detach()}
         outputs[0].register_hook(lambda g: record.__setitem__("g_out", g.detach()))
-        seen[module] = record
+        # a network's input needs none
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda g: record.__setitem__("g_x", g.detach()))
 
-    spiking = trainer.cfg.neuron in ("gpn", "lif")
-    hooks = [m.register_forward_hook(keep) for m in model.neurons] if spiking else []
+    hooks = [module.register_forward_hook(keep) for module in model.neurons]
     model.eval()
     with torch.autocast(device.type, trainer.amp, enabled=trainer.amp is not None):
         logits, activity = model(x)
@@ -163,65 +200,36 @@ def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
     for hook in hooks:
         hook.remove()
     try:
-        if trainer.cfg.neuron == "gpn":
-            for module, record in seen.items():
-                _check_gpn(module, record, rows, *margin_share)
-        elif trainer.cfg.neuron == "lif":
-            for record in seen.values():
-                _check_lif(record, rows, margin_share[1])
-        else:
-            _check_whole(model, x[:, rows], logits[rows], weights, margin_share[1])
+        for module, record in seen.items():
+            _check_layer(module, kind, record, rows, TOLERANCE[DTYPES[case.dtype]])
     finally:
         model.zero_grad(set_to_none=True)
         model.train()
-    if not spiking:
+    if kind not in SPIKING:
         return {}
     size = torch.tensor(case.hidden, device=activity.device)
     return {"spikes_a_step": (activity * size).sum().item()}
 
 
-def _check_gpn(module: nn.Module, record: dict, rows: Tensor, margin: float, share: float) -> None:
-    """Compare one layer's spikes (or their mean) and gradients with the specification."""
-    layer: GPN = module.layer if isinstance(module, LoopGPN) else module
-    T, mean = len(record["x"]), layer.options.output == "mean"
-    spikes = record["out"]
-    if mean:
-        twin = copy.copy(layer)
-        twin.options = dataclasses.replace(layer.options, output="spikes")
+def _check_layer(
+    module: nn.Module, kind: str, record: dict, rows: Tensor, tolerance: tuple[float, float]
+) -> None:
+    """Compare one layer's output (spikes, or their mean) and gradients with float64."""
+    looped = isinstance(module, LoopGPN)
+    parameters = dict((module.layer if looped else module).named_parameters())
+    x, out, cotangent = record["x"], record["out"], record["g_out"]
+    if out.ndim == 2:
+        weights = [parameters[name] for name in GATE_WEIGHTS]
         with torch.no_grad():
-            spikes = (LoopGPN(twin).eval() if module is not layer else twin)(record["x"])[0]
-        compare("the mean of the spikes", record["out"].float(), spikes.float().mean(0), 1e-3)
-    spikes = spikes[:, rows].cpu().double()
-    names = ("weight_x", "weight_v", "bias")
-    leaves = {n: getattr(layer, n).detach().cpu().double().requires_grad_() for n in names}
-    leaves["x"] = record["x"][:, rows].cpu().double().requires_grad_()
-    smooth = specification_under(
-        spikes, leaves["x"], leaves["weight_x"], leaves["weight_v"], leaves["bias"],
-        torch.zeros_like(spikes[0]), margin,
-    )  # fmt: skip
-    cotangent = record["g_out"]
-    cotangent = (cotangent[rows] / T).expand(T, -1, -1) if mean else cotangent[:, rows]
-    smooth.backward(cotangent.cpu().double())
-    compare("the gradient of x", record["g_x"][:, rows].cpu().double(), leaves["x"].grad, share)
-    for name in names:
-        got = getattr(layer, name).grad.cpu().double()
-        compare(f"the gradient of {name}", got, leaves[name].grad, share)
-
-
-def _check_lif(record: dict, rows: Tensor, share: float) -> None:
-    """Compare one LIF layer's spikes with the specification's."""
-    x, got = (record[k][:, rows].cpu().double() for k in ("x", "out"))
-    differ = (reference.lif_loop(x, torch.zeros_like(x[0]), 2.0)[0] != got).double().mean().item()
-    if differ > (1e-4 if share <= 1e-3 else 0.02):
-        raise Wrong(f"{differ:.2%} of the spikes differ from the float64 LIF")
-
-
-def _check_whole(model: nn.Module, x: Tensor, logits: Tensor, weights: Tensor, share: float):
-    """Compare a network's logits and gradients with its float64 twin's."""
-    twin = copy.deepcopy(model).cpu().double()
-    twin.zero_grad(set_to_none=True)
-    expected, _ = twin(x.cpu().double())
-    (expected * weights.cpu().double()).sum().backward()
-    compare("the logits", logits.detach().cpu().double(), expected.detach(), share)
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        compare(f"the gradient of {name}", p.grad.cpu().double(), q.grad, share)
+            spikes = module.spikes(x) if looped else gpn(x, *weights)[0]
+        compare("the mean of the spikes", out, spikes.double().mean(0), 1e-3)
+        out, cotangent = spikes, (cotangent / len(x)).expand(len(x), -1, -1)
+    got = out[:, rows].cpu().double()
+    leaves = double_leaves({"x": x, **parameters}, rows)
+    no_reset = torch.zeros_like(got[0])
+    expected = expect(kind, leaves["x"], leaves, got, tolerance, no_reset, module)
+    if expected.requires_grad:
+        expected.backward(cotangent[:, rows].cpu().double())
+        gradients = {name: p.grad for name, p in parameters.items()}
+        gradients |= {"x": record["g_x"]} if "g_x" in record else {}
+        compare_gradients(gradients, leaves, rows, tolerance[1])

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 
+from bench.report import markdown
 from gpn_triton.kernels import tiles
 from gpn_triton.kernels.offline import SHARED_BYTES, SM_COUNT, Report, compile_layer
 from gpn_triton.provenance import provenance
@@ -129,110 +129,77 @@ def faults(report: Report, capability: int) -> list[str]:
     return found
 
 
-def sweep(layers: list[Layer]) -> Iterator[tuple[Layer, Report]]:
-    """Compile layers and read every kernel; the progress goes to standard error."""
-    for k, layer in enumerate(layers):
-        print(f"\r{k + 1}/{len(layers)} {layer}", end="\x1b[K", file=sys.stderr, flush=True)
-        for report in layer.compile()[1]:
-            yield layer, report
-    print(file=sys.stderr)
+def row(layer: Layer, reports: list[Report]) -> dict[str, object]:
+    """A layer's line of the table: the most that any of its kernels takes."""
+    wrong = [f"{name(r)}: {fault}" for r in reports for fault in faults(r, layer.capability)]
+    forward = layer.plan().forward
+    return {
+        "variant": layer.variant,
+        "N": layer.N,
+        "B": layer.B,
+        "products": layer.precision if layer.dtype == "float32" else layer.dtype,
+        "sm": layer.capability,
+        "strategy": layer.plan().strategy,
+        "forward tile": f"{forward.BLOCK_B}x{forward.BLOCK_N}x{forward.BLOCK_K}",
+        "output": "mean" if layer.mean else "spikes",
+        "v saved every": layer.every,
+        "surrogate": layer.surrogate,
+        "kernels": len(reports),
+        "registers": max(r.registers for r in reports),
+        "shared KiB": max(r.shared_bytes for r in reports) >> 10,
+        "spills": sum(r.local_accesses for r in reports),
+        "mma": max(r.mma for r in reports),
+        "loop instructions": max(r.loop_instructions for r in reports),
+        "loop barriers": max(r.loop_barriers for r in reports),
+        "faults": "; ".join(wrong) or "-",
+    }
 
 
-def _name(report: Report) -> str:
-    """forward persistent, backward stepwise (last), gradient ..."""
-    name = report.kernel.removeprefix("recurrence_").removesuffix("_kernel").replace("_", " ")
+def name(report: Report) -> str:
+    """A kernel in words: forward persistent, backward stepwise, last product, gradient ..."""
+    words = report.kernel.removeprefix("recurrence_").removesuffix("_kernel").replace("_", " ")
     constants = report.constants
     if constants.get("REPLAY"):
-        name = name.replace("forward", "replay")
+        words = words.replace("forward", "replay")
     if not constants.get("PRODUCT", True):
-        name += ", first step"
+        words += ", first step"
     if not constants.get("CELL", True):
-        name += ", last product"
-    if constants.get("MASKED"):
-        name += ", masked"
-    return name
-
-
-def _numbers(layer: Layer) -> str:
-    return layer.precision if layer.dtype == "float32" else layer.dtype
-
-
-def _table(columns: list[str], rows: list[list]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def paper_table(found: list[tuple[Layer, Report]]) -> str:
-    """One row a kernel."""
-    columns = [
-        "kernel", "N", "products", "sm", "tile", "warps", "stages", "registers", "shared KiB",
-        "spills", "mma", "async copies", "loop instructions", "loop mma", "loop barriers", "faults",
-    ]  # fmt: skip
-    rows = []
-    for layer, r in found:
-        c = r.constants
-        tile = "x".join(str(c[b]) for b in ("BLOCK_B", "BLOCK_R", "BLOCK_N", "BLOCK_K") if c.get(b))
-        rows.append(
-            [
-                _name(r), layer.N, _numbers(layer), layer.capability, tile, r.num_warps,
-                c.get("STAGES", "-"), r.registers, f"{r.shared_bytes / 1024:.0f}",
-                r.local_accesses, r.mma, r.async_copies, r.loop_instructions, r.loop_mma,
-                r.loop_barriers, "; ".join(faults(r, layer.capability)) or "-",
-            ]
-        )  # fmt: skip
-    return _table(columns, sorted(rows, key=lambda row: (row[0], row[3], row[2], row[1])))
-
-
-def other_table(found: list[tuple[Layer, Report]]) -> str:
-    """One row a layer: the most that any of its kernels takes."""
-    columns = [
-        "variant", "N", "B", "products", "sm", "output", "v saved every", "surrogate", "kernels",
-        "registers", "shared KiB", "spills", "loop barriers", "faults",
-    ]  # fmt: skip
-    rows = []
-    for layer, group in itertools.groupby(found, key=lambda entry: entry[0]):
-        reports = [report for _, report in group]
-        wrong = [f"{_name(r)}: {f}" for r in reports for f in faults(r, layer.capability)]
-        rows.append(
-            [
-                layer.variant, layer.N, layer.B, _numbers(layer), layer.capability,
-                "mean" if layer.mean else "spikes", layer.every, layer.surrogate, len(reports),
-                max(r.registers for r in reports),
-                f"{max(r.shared_bytes for r in reports) / 1024:.0f}",
-                sum(r.local_accesses for r in reports), max(r.loop_barriers for r in reports),
-                "; ".join(wrong) or "-",
-            ]
-        )  # fmt: skip
-    return _table(columns, rows)
+        words += ", last product"
+    return words + (", masked" if constants.get("MASKED") else "")
 
 
 def write_results(path: Path) -> int:
-    """Compile everything and write the tables; returns the number of kernels with faults."""
-    paper, other = list(sweep(paper_layers())), list(sweep(other_layers()))
-    wrong = sum(bool(faults(report, layer.capability)) for layer, report in paper + other)
+    """Compile everything and write the table; returns the number of layers with faults.
+
+    The progress goes to standard error.
+    """
+    rows, layers = [], paper_layers() + other_layers()
+    for k, layer in enumerate(layers):
+        print(f"\r{k + 1}/{len(layers)} {layer}", end="\x1b[K", file=sys.stderr, flush=True)
+        rows.append(row(layer, layer.compile()[1]))
+    print(file=sys.stderr)
+    kernels = sum(r["kernels"] for r in rows)
+    wrong = sum(r["faults"] != "-" for r in rows)
     made = provenance(torch.device("cpu"))
     path.write_text(
         f"""# The kernels as compiled, without a GPU
 
 Made by `python -m bench.offline` at commit {made["commit"]} with triton {triton.__version__} \
 (its own ptxas) and torch {torch.__version__}. Nothing here was run: these are the compiler's \
-figures and the machine code's, counted. {len(paper) + len(other)} kernels, {wrong} with faults.
+figures and the machine code's, counted. {len(rows)} layers of {kernels} kernels, {wrong} layers \
+with faults.
 
 A fault is: a spill; more shared memory than one program may have (163 KiB on sm 80, 227 KiB \
 on sm 90); more registers than 65,536 a multiprocessor; no tensor-core instruction where a product \
 has half or tf32 operands; where loads are to be pipelined, no asynchronous copy or, in the \
 loop, a load that waits.
 
-products: what the operands are (float16 and bfloat16: x's dtype; tf32, ieee: float32 x). spills: \
-local loads and stores. loop: the innermost loop with most tensor-core instructions, per warp.
+A line is a layer: the most that any of its kernels takes (`python -m bench.offline --N 128` \
+prints each kernel). products: what the operands are (float16 and bfloat16: x's dtype; tf32, ieee: \
+float32 x). spills: local loads and stores. loop: the innermost loop with most tensor-core \
+instructions, per warp.
 
-## The full neuron, B = 256, spikes out, v saved every step
-
-{paper_table(paper)}
-
-## Other variants, tiles and options: the most that any kernel of the layer takes
-
-{other_table(other)}
+{markdown(rows[0], (r.values() for r in rows), left=len(rows[0]))}
 """,
         encoding="utf-8",
     )
@@ -256,12 +223,12 @@ def main() -> None:
     out = options.pop("out")
     if options["N"] is None:
         wrong = write_results(out)
-        print(f"{out}: {wrong} kernels with faults")
+        print(f"{out}: {wrong} layers with faults")
         sys.exit(wrong > 0)
     plan, reports = Layer(**options).compile()
     print(plan)
     for report in reports:
-        print(report, *faults(report, options["capability"]), sep="\n  ")
+        print(name(report), report, *faults(report, options["capability"]), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+DASH = "–"
 # a change counts where quartiles do not overlap and medians are further apart than this
 THRESHOLD = 0.05
 # memory does not depend on the machine's mood
 MEMORY_THRESHOLD = 0.01
-PLOTS = ("time against T", "time against N", "time against B", "memory against T", "roofline")
+# what makes two records ones of the same benchmark
+KEY = ("group", "subject", "T", "B", "inputs", "dtype", "hidden")
+PLOTS = ("time against T", "time against N", "time against B", "memory against T")
 Record = dict[str, Any]
 
 
@@ -50,62 +55,80 @@ def records(contents: dict[str, Any]) -> list[Record]:
     return [benchmark["extra_info"] for benchmark in contents["benchmarks"]]
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, or a dash."""
+def _number(value: float | None, digits: int = 3, unit: float = 1) -> str:
+    """A number in some unit with so many significant digits, or a dash."""
     if value is None:
-        return "–"
+        return DASH
+    value /= unit
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits - 1}e}"
     magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     return f"{value:.{max(0, digits - magnitude)}f}"
 
 
-def _mib(value: float | None) -> str:
-    return _number(None if value is None else value / MIB)
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[object]], left: int) -> str:
+    """A Markdown table; the first `left` columns are aligned to the left, the others to the right.
+
+    A bar within a cell would end it and becomes a slash.
+    """
+    columns = list(columns)
+    rule = ["---"] * left + ["---:"] * (len(columns) - left)
+    lines = [[str(cell).replace("|", "/") for cell in row] for row in (columns, rule, *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(group: list[Record]) -> str:
     """A Markdown table of the subjects of one case, the fastest first."""
-    device = any(r["device_median_ms"] is not None for r in group)
-    columns = {
+    columns: dict[str, Callable[[Record], str]] = {
         "subject": lambda r: r["subject"],
         "median ms": lambda r: _number(r["median_ms"]),
         "quartiles ms": lambda r: f"{_number(r['low_ms'])}–{_number(r['high_ms'])}",
-        "device ms": (lambda r: _number(r["device_median_ms"])) if device else None,
+        "device ms": lambda r: _number(r["device_median_ms"]),
+        "us a step": lambda r: _number(_step_us(r)),
         "x ours": lambda r: _number(r["time_ratio"]),
-        "peak MiB": lambda r: _mib(r["peak_bytes"]),
-        "held MiB": lambda r: _mib(r["held_bytes"]),
-        "beyond MiB": lambda r: _mib(r["held_beyond_bytes"]),
-        "GFLOP": lambda r: _number(r["flops"] / 1e9),
+        "peak MiB": lambda r: _number(r["peak_bytes"], unit=MIB),
+        "held MiB": lambda r: _number(r["held_bytes"], unit=MIB),
+        "beyond MiB": lambda r: _number(r["held_beyond_bytes"], unit=MIB),
+        "GFLOP": lambda r: _number(r["flops"], unit=1e9),
         "floor ms": lambda r: _number(r["floor_ms"]),
         "% of floor": lambda r: _number(100 * r["fraction_of_floor"]),
         "spikes a step": lambda r: _number(r.get("spikes_a_step")),
-        "samples/s": lambda r: _number(1e3 * r["samples"] / r["median_ms"], 4),
+        "samples/s": lambda r: _number(_samples_per_second(r), 4),
+        "s an epoch": lambda r: _number(_epoch_seconds(r)),
         "rounds": lambda r: str(r["rounds"]),
     }
-    if "samples" not in group[0]:
-        columns["samples/s"] = None
-    if all(r["held_bytes"] is None for r in group):
-        columns["held MiB"] = columns["beyond MiB"] = None
-    if all(r.get("spikes_a_step") is None for r in group):
-        columns["spikes a step"] = None
-    shown = {name: value for name, value in columns.items() if value}
-    lines = [" | ".join(shown), " | ".join(["---"] + ["---:"] * (len(shown) - 1))]
-    for record in sorted(group, key=lambda r: r["median_ms"]):
-        lines.append(" | ".join(value(record) for value in shown.values()))
-    return "\n".join(f"| {line} |" for line in lines)
+    group = sorted(group, key=lambda r: r["median_ms"])
+    cells = {name: [value(r) for r in group] for name, value in columns.items()}
+    # some of these mean something for some kinds, and on a GPU, alone
+    shown = {name: column for name, column in cells.items() if set(column) != {DASH}}
+    return markdown(shown, zip(*shown.values(), strict=True), left=1)
+
+
+def _step_us(r: Record) -> float | None:
+    """Microseconds of the device a time step, of a layer."""
+    if r["device_median_ms"] is None or not r["mode"].startswith("forward"):
+        return None
+    return 1e3 * r["device_median_ms"] / r["T"]
+
+
+def _samples_per_second(r: Record) -> float | None:
+    return 1e3 * r["samples"] / r["median_ms"] if "samples" in r else None
+
+
+def _epoch_seconds(r: Record) -> float | None:
+    """Seconds that an epoch of the whole set takes at this pace, where the shape is the set's."""
+    full = 0 if r["scaled"] else r.get("samples_of_full", 0)
+    return full / _samples_per_second(r) if full else None
 
 
 def describe(r: Record) -> str:
     """The sizes of a record in words, and those its name stands for if they are larger."""
-    hidden = "-".join(map(str, r["hidden"]))
-    layers = f", N {hidden}" if hidden else ""
-    return f"T {r['T']}, B {r['B']}{layers}, {r['inputs']} inputs, {r['dtype']}" + (
-        f"; scaled down from T {r['full'][0]}, B {r['full'][1]}"
-        + (f", N {'-'.join(map(str, r['full'][2]))}" if r["full"][2] else "")
-        if r["scaled"]
-        else ""
-    )
+
+    def sizes(T: int, B: int, hidden: list[int]) -> str:
+        return f"T {T}, B {B}" + (f", N {'-'.join(map(str, hidden))}" if hidden else "")
+
+    scaled = f"; scaled down from {sizes(*r['full'])}" if r["scaled"] else ""
+    return f"{sizes(r['T'], r['B'], r['hidden'])}, {r['inputs']} inputs, {r['dtype']}{scaled}"
 
 
 def by_group(found: Iterable[Record]) -> dict[str, list[Record]]:
@@ -138,16 +161,15 @@ def section(path: Path, contents: dict[str, Any], plots: dict[str, Path]) -> str
         lines += [f"### {name}", "", describe(group[0]) + ".", "", table(group), ""]
     for name, plot in plots.items():
         lines += [f"![{name}]({plot.name})", ""]
-    reasons: dict[tuple[str, str, str], int] = {}
-    for left in contents.get("left_out", []):
-        key = (left["subject"], left["outcome"], left["reason"])
-        reasons[key] = reasons.get(key, 0) + 1
+    reasons = Counter(
+        (left["subject"], left["outcome"], left["reason"]) for left in contents.get("left_out", [])
+    )
     if reasons:
-        lines += ["### Left out", "", "| subject | why | cases |", "| --- | --- | ---: |"]
-        for (subject, outcome, reason), n in sorted(reasons.items()):
-            why = reason if outcome == "skipped" else f"**{outcome}**: {reason}"
-            lines.append(f"| {subject} | {why.replace('|', '/')} | {n} |")
-        lines.append("")
+        rows = [
+            (subject, reason if outcome == "skipped" else f"**{outcome}**: {reason}", n)
+            for (subject, outcome, reason), n in sorted(reasons.items())
+        ]
+        lines += ["### Left out", "", markdown(("subject", "why", "cases"), rows, left=2), ""]
     return "\n".join(lines)
 
 
@@ -161,7 +183,7 @@ def draw(path: Path, found: list[Record]) -> dict[str, Path]:
     from matplotlib.figure import Figure
 
     drawn = {}
-    for name in PLOTS:
+    for name in PLOTS if found else ():
         lines = _lines(name, found)
         if not lines:
             continue
@@ -169,14 +191,10 @@ def draw(path: Path, found: list[Record]) -> dict[str, Path]:
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         for subject, points in sorted(lines.items()):
-            style = "o-" if name != "roofline" else "o"
             width = 2.2 if subject.startswith("gpn") else 1.2
-            axes.plot(*zip(*sorted(points), strict=True), style, label=subject, linewidth=width)
-        if name == "roofline":
-            _draw_roof(axes, found, lines)
-        else:
-            axes.set_xlabel({"T": "time bins T", "N": "neurons N", "B": "batch B"}[name[-1]])
-            axes.set_ylabel("peak MiB" if name.startswith("memory") else "median ms")
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=subject, linewidth=width)
+        axes.set_xlabel({"T": "time bins T", "N": "neurons N", "B": "batch B"}[name[-1]])
+        axes.set_ylabel("peak MiB" if name.startswith("memory") else "median ms")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.grid(True, which="major", linewidth=0.4)
@@ -191,34 +209,23 @@ def draw(path: Path, found: list[Record]) -> dict[str, Path]:
 
 def _lines(name: str, found: list[Record]) -> dict[str, list[tuple[float, float]]]:
     """Points of one plot by subject; forward and backward, in the record's first dtype."""
-    dtype = found[0]["dtype"]
-    chosen = [r for r in found if r["mode"] == "forward+backward" and r["dtype"] == dtype]
-    if name == "roofline":
-        chosen = [r for r in chosen if r["flops"]]
-        x, y = (lambda r: r["flops"] / r["bytes"]), (lambda r: r["flops"] / r["median_ms"] / 1e6)
-    else:
-        what, axis = name.split(" against ")
-        kind = "long_sequence" if axis == "T" else "recurrence"
-        chosen = [r for r in chosen if r["kind"] == kind and (axis == "T" or r["case"][0] == axis)]
-        x = {"T": lambda r: r["T"], "N": lambda r: r["hidden"][0], "B": lambda r: r["B"]}[axis]
-        y = (lambda r: r["peak_bytes"] / MIB) if what == "memory" else (lambda r: r["median_ms"])
+    what, axis = name.split(" against ")
+    kind = "long_sequence" if axis == "T" else "recurrence"
+    # a case is named for the one size that it varies
+    chosen = [
+        r
+        for r in found
+        if r["mode"] == "forward+backward"
+        and r["dtype"] == found[0]["dtype"]
+        and r["kind"] == kind
+        and (axis == "T" or re.fullmatch(rf"{axis}\d+(-[a-z]+\d+)?", r["case"]))
+    ]
+    x = {"T": lambda r: r["T"], "N": lambda r: r["hidden"][0], "B": lambda r: r["B"]}[axis]
+    y = (lambda r: r["peak_bytes"] / MIB) if what == "memory" else (lambda r: r["median_ms"])
     lines: dict[str, list[tuple[float, float]]] = {}
     for r in chosen:
         lines.setdefault(r["subject"], []).append((x(r), y(r)))
     return lines
-
-
-def _draw_roof(axes, found: list[Record], lines: dict[str, list[tuple[float, float]]]) -> None:
-    """The ceilings over the points."""
-    rate = found[0]["ceilings"]
-    xs = [x for points in lines.values() for x, _ in points]
-    low, high = min(xs) / 4, max(xs) * 4
-    ridge = rate["flops_per_s"] / rate["bytes_per_s"]
-    at = sorted({low, min(max(ridge, low), high), high})
-    roof = [min(rate["flops_per_s"], x * rate["bytes_per_s"]) / 1e9 for x in at]
-    axes.plot(at, roof, color="0.4", linewidth=1, label="ceilings")
-    axes.set_xlabel("operations a byte, counted")
-    axes.set_ylabel("GFLOP/s")
 
 
 def render(folder: Path) -> Path:
@@ -238,27 +245,16 @@ def render(folder: Path) -> Path:
             f"pytest bench/ --benchmark-only --benchmark-json={folder}/cpu.json"
         )
     parts = [
-        "# Benchmark results",
-        "",
-        "Rendered from the JSON files beside this page by `python -m bench.report "
-        "bench/results`; what the columns mean and how each was taken: "
-        "[../README.md](../README.md).",
-        "",
+        "# Benchmark results\n\nRendered from the JSON files beside this page by `python -m "
+        "bench.report bench/results`; what the columns mean and how each was taken: "
+        "[../README.md](../README.md).\n"
     ]
     for path in paths:
         contents = read(path)
-        found = records(contents)
-        parts.append(section(path, contents, draw(path, found) if found else {}))
+        parts.append(section(path, contents, draw(path, records(contents))))
     page = folder / "README.md"
     page.write_text("\n".join(parts), encoding="utf-8")
     return page
-
-
-def _key(r: Record) -> tuple:
-    return (
-        *(r[k] for k in ("group", "subject", "T", "B", "inputs", "dtype")),
-        tuple(r["hidden"]),
-    )
 
 
 def compare(
@@ -277,50 +273,43 @@ def compare(
     Raises:
         ValueError: the records are of different devices, or have nothing in common.
     """
-    before = {_key(r): r for r in records(old)}
-    after = {_key(r): r for r in records(new)}
+    before, after = (
+        {tuple(str(r[k]) for k in KEY): r for r in records(contents)} for contents in (old, new)
+    )
     devices = {(r["device"], r["threads"]) for r in (*before.values(), *after.values())}
     if len(devices) > 1:
         raise ValueError(f"records of different devices: {sorted(devices)}")
     if not before.keys() & after.keys():
         raise ValueError("the records have no benchmark in common")
     lines, regressions = [], []
+
+    def note(kind: str, was: Record, what: str, worse: bool = False) -> None:
+        lines.append(f"{kind:11} {was['group']}: {was['subject']}{what}")
+        if worse and was["subject"].startswith("gpn"):
+            regressions.append(lines[-1])
+
+    failed = {
+        (left["group"], left["subject"]): left["reason"]
+        for left in new.get("left_out", [])
+        if left["outcome"] == "failed"
+    }
     for key, was in before.items():
-        name = f"{was['group']}: {was['subject']}"
-        ours = was["subject"].startswith("gpn")
         if key not in after:
-            lines.append(f"gone        {name}")
-            failed = [
-                left["reason"]
-                for left in new.get("left_out", [])
-                if (left["group"], left["subject"], left["outcome"])
-                == (was["group"], was["subject"], "failed")
-            ]
-            if failed and ours:
-                regressions.append(f"failed      {name}: {failed[0]}")
+            reason = failed.get((was["group"], was["subject"]))
+            note("failed" if reason else "gone", was, f": {reason}" if reason else "", bool(reason))
             continue
         now = after[key]
         ratio = now["median_ms"] / was["median_ms"]
         slower = ratio > 1 + threshold and now["low_ms"] > was["high_ms"]
         faster = ratio < 1 - threshold and now["high_ms"] < was["low_ms"]
         if slower or faster:
-            line = (
-                f"{'slower' if slower else 'faster':11} {name}: {_number(was['median_ms'])} -> "
-                f"{_number(now['median_ms'])} ms (x {ratio:.2f})"
-            )
-            lines.append(line)
-            if slower and ours:
-                regressions.append(line)
+            times = f": {_number(was['median_ms'])} -> {_number(now['median_ms'])} ms"
+            note("slower" if slower else "faster", was, f"{times} (x {ratio:.2f})", slower)
         for field in ("peak_bytes", "held_bytes"):
             if was[field] and now[field] and abs(now[field] / was[field] - 1) > MEMORY_THRESHOLD:
                 more = now[field] > was[field]
-                line = (
-                    f"{'more memory' if more else 'less memory'} {name}: {field} "
-                    f"{_mib(was[field])} -> {_mib(now[field])} MiB"
-                )
-                lines.append(line)
-                if more and ours:
-                    regressions.append(line)
+                memory = f": {field} {was[field] / MIB:.3g} -> {now[field] / MIB:.3g} MiB"
+                note("more memory" if more else "less memory", was, memory, more)
     return lines, regressions
 
 

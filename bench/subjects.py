@@ -28,6 +28,7 @@ from bench.competitors import (
     hoisted_loop,
     spikingjelly_lif,
 )
+from bench.kernel_call import STRATEGIES, KernelCall
 from bench.measure import Call, GraphedCall
 from gpn_triton import cost, gpn, reference
 from gpn_triton.model import NEURONS
@@ -43,10 +44,15 @@ TOLERANCE = {
 }
 DTYPES = {str(d).removeprefix("torch."): d for d in TOLERANCE}
 
-OURS = ("gpn-torch", "gpn-torch-every-10", "gpn-triton", "gpn-triton-every-10", "gpn-triton-graph")
+GATE_WEIGHTS = ("weight_x", "weight_v", "bias")
+SPIKING = ("gpn", "lif")
+OURS = (
+    "gpn-torch", "gpn-torch-every-10", "gpn-triton", "gpn-triton-every-10", "gpn-triton-graph",
+    "gpn-persistent", "gpn-stepwise",
+)  # fmt: skip
 LOOPS = ("loop", "authors", "hoisted", "hoisted-compiled-step", "authors-graph", "hoisted-graph")
 OTHERS = (
-    "lstm", "lstm-float32", "lstm-float16", "lstm-bfloat16", "gru", "flashrnn-lstm",
+    "lstm", "lstm-graph", "lstm-float32", "lstm-float16", "lstm-bfloat16", "gru", "flashrnn-lstm",
     "lif", "spikingjelly-lif",
 )  # fmt: skip
 SUBJECTS = OURS + LOOPS + OTHERS
@@ -138,25 +144,22 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     Raises:
         Unavailable: it cannot take part here, with the reason.
     """
-    graphed = subject.endswith("-graph")
+    # the launches alone would be timed at the host's pace
+    launches = subject.removeprefix("gpn-") in STRATEGIES
+    graphed = subject.endswith("-graph") or (launches and problem.device.type == "cuda")
     if graphed and problem.device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
-    kind, call, reference_of = _build(problem, subject.removesuffix("-graph"), backward)
-    case = problem.case
+    kind, call, module = _build(problem, subject.removesuffix("-graph"), backward)
+    case, projects = problem.case, problem.projects
     element = 4 if call_dtype(call) == torch.float32 else 2
-    work = NEURONS[kind].work
-    count = cost.layer(
-        work, case.N, case.inputs if problem.projects else None, backward, False, element
-    )
-    if not problem.projects and work.has_input:
-        # x is a layer's output here: it gets a gradient
-        count = cost.layer(work, case.N, None, backward, True, element)
-    runs = GraphedCall(call) if graphed else call
-
-    def check() -> dict[str, Any]:
-        return _check(problem, runs, kind, reference_of)
-
-    return Entry(runs, check, count * (case.T * case.B), call if backward and not graphed else None)
+    # without an input Linear x is a layer's output, and gets a gradient
+    inputs = case.inputs if projects else None
+    count = cost.layer(NEURONS[kind].work, case.N, inputs, backward, not projects, element)
+    runs = GraphedCall(call, problem.device) if graphed else call
+    check = functools.partial(_check, problem, runs, kind, module)
+    # torch saves nothing where a graph or a launch stands instead of autograd
+    plain = backward and not graphed and not launches
+    return Entry(runs, check, count * (case.T * case.B), call if plain else None)
 
 
 def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str], Entry]:
@@ -176,8 +179,12 @@ def _build(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, A
     half = None if problem.dtype == torch.float32 else problem.dtype
     cotangent = problem.cotangent if backward else None
     if subject.startswith("gpn-"):
-        leaves = problem.leaves()
         _, backend, *every = subject.split("-")
+        if backend in STRATEGIES:
+            if problem.projects:
+                raise Unavailable("the kernels alone are timed without an input Linear")
+            return "gpn", KernelCall(problem, backend, backward), None
+        leaves = problem.leaves()
         if backend == "triton" and device.type != "cuda":
             raise Unavailable("the Triton kernels need a GPU")
         if backend == "torch" and device.type == "cuda" and problem.case.T > 1000:
@@ -185,7 +192,7 @@ def _build(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, A
 
         def forward() -> Tensor:
             return gpn(
-                problem.current(leaves), leaves["weight_x"], leaves["weight_v"], leaves["bias"],
+                problem.current(leaves), *(leaves[name] for name in GATE_WEIGHTS),
                 problem.v_reset, backend=backend, checkpoint_every=int(every[1]) if every else None,
             )[0]  # fmt: skip
 
@@ -210,11 +217,10 @@ def _build(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, A
 def _loop(problem: Problem, subject: str, cotangent: Tensor | None, half) -> Call:
     """GPN step by step under autograd, in one of four forms."""
     leaves, v_reset = problem.leaves(), problem.v_reset
-    gates = ("weight_x", "weight_v", "bias")
     if subject == "loop":
 
         def forward() -> Tensor:
-            weights = [leaves[name] for name in gates]
+            weights = [leaves[name] for name in GATE_WEIGHTS]
             return reference.gpn_loop(problem.current(leaves), *weights, v_reset, v_reset)[0]
 
     elif subject == "authors":
@@ -240,7 +246,7 @@ def _loop(problem: Problem, subject: str, cotangent: Tensor | None, half) -> Cal
             run = hoisted_loop
 
         def forward() -> Tensor:
-            return run(problem.current(leaves), *(leaves[name] for name in gates), v_reset)
+            return run(problem.current(leaves), *(leaves[name] for name in GATE_WEIGHTS), v_reset)
 
     return Call(forward, leaves, cotangent, half)
 
@@ -284,46 +290,67 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
     problem.cotangent.copy_(kept)
     if not torch.isfinite(out).all():
         raise Wrong("the result is not finite")
-    margin, share = TOLERANCE[call_dtype(inner)]
-    rows = problem.rows
-    leaves = {
-        name: (t[:, rows] if name == "x" else t).detach().cpu().double().requires_grad_()
-        for name, t in inner.leaves.items()
-    }
-    cotangent = problem.cotangent[:, rows].cpu().double()
-    got = out[:, rows].cpu().double()
+    rows, tolerance = problem.rows, TOLERANCE[call_dtype(inner)]
+    leaves, got = double_leaves(inner.leaves, rows), out[:, rows].cpu().double()
+    v_reset = problem.v_reset[rows].cpu().double()
+    current = problem.current(leaves) if kind in SPIKING else leaves["x"]
+    expected = expect(kind, current, leaves, got, tolerance, v_reset, module)
+    if gradients and expected.requires_grad:
+        expected.backward(problem.cotangent[:, rows].cpu().double())
+        compare_gradients(gradients, leaves, rows, tolerance[1])
+    steps = problem.case.T * problem.case.B
+    return {"spikes_a_step": out.sum().item() / steps} if kind in SPIKING else {}
+
+
+def expect(
+    kind: str,
+    current: Tensor,
+    leaves: dict[str, Tensor],
+    got: Tensor,
+    tolerance: tuple[float, float],
+    v_reset: Tensor,
+    module: nn.Module | None,
+) -> Tensor:
+    """What a layer should put out, after comparing it with what it did; all in float64.
+
+    Args:
+        kind: gpn, lif, lstm or gru. current [T, R, N]: of a spiking layer, made from the leaves.
+        leaves: x [T, R, C] and weights. got [T, R, N]: the layer's output.
+        tolerance: of TOLERANCE. v_reset [R, N]. module: of an LSTM or GRU, whose float64 twin
+            specifies it.
+    Returns:
+        [T, R, N], differentiable unless a flipped spike makes gradients incomparable.
+    Raises:
+        Wrong: the layer's output departs.
+    """
+    margin, share = tolerance
     if kind == "gpn":
         if "weight_vx" in leaves:
-            weight_v, weight_x = leaves["weight_vx"].split(problem.case.N, 1)
+            weight_v, weight_x = leaves["weight_vx"].split(got.shape[-1], 1)
         else:
             weight_v, weight_x = leaves["weight_v"], leaves["weight_x"]
-        expected = specification_under(
-            got, problem.current(leaves), weight_x, weight_v, leaves["bias"],
-            problem.v_reset[rows].cpu().double(), margin,
-        )  # fmt: skip
-    elif kind == "lif":
-        current = problem.current(leaves)
+        weights = weight_x, weight_v, leaves["bias"]
+        return specification_under(got, current, *weights, v_reset, margin)
+    if kind == "lif":
         expected, _ = reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)
-        wrong = (expected != got).double().mean().item()
-        # a trajectory parts for good where rounding flips a spike, so half types may differ
-        if wrong > (0 if share <= 1e-3 else 0.02):
-            raise Wrong(f"{wrong:.2%} of the spikes differ from the float64 LIF")
-        if wrong:
-            gradients = {}
-    else:
-        twin = copy.deepcopy(module).cpu().double()
-        expected = torch.func.functional_call(
-            twin, {k: v for k, v in leaves.items() if k != "x"}, (leaves["x"],)
-        )[0]
-        compare("the result", got, expected.detach(), share)
-    if gradients:
-        expected.backward(cotangent)
-        for name, gradient in gradients.items():
-            if name == "x":
-                gradient = gradient[:, rows]
-            compare(f"the gradient of {name}", gradient.cpu().double(), leaves[name].grad, share)
-    steps = problem.case.T * problem.case.B
-    return {"spikes_a_step": out.sum().item() / steps} if kind in ("gpn", "lif") else {}
+        differ = (expected != got).double().mean().item()
+        # a trajectory parts for good where rounding flips a spike
+        if differ > (1e-4 if share <= 1e-3 else 0.02):
+            raise Wrong(f"{differ:.2%} of the spikes differ from the float64 LIF")
+        return expected.detach() if differ else expected
+    twin = copy.deepcopy(module).cpu().double()
+    weights = {name: leaf for name, leaf in leaves.items() if name != "x"}
+    expected = torch.func.functional_call(twin, weights, (leaves["x"],))[0]
+    compare("the result", got, expected, share)
+    return expected
+
+
+def double_leaves(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The tensors as float64 leaves on the CPU, of x the given rows of the batch alone."""
+    return {
+        name: (t[:, rows] if name == "x" else t).detach().cpu().double().requires_grad_()
+        for name, t in tensors.items()
+    }
 
 
 def specification_under(
@@ -366,7 +393,17 @@ def specification_under(
 
 def compare(what: str, got: Tensor, expected: Tensor, share: float) -> None:
     """Raise Wrong if an element is off by more than a share of the largest one."""
+    got, expected = (a.detach().cpu().double() for a in (got, expected))
     scale = expected.abs().max().item()
     error = (got - expected).abs().max().item()
     if not error <= share * scale:
         raise Wrong(f"{what} is off by {error:.2g}, its largest value is {scale:.2g}")
+
+
+def compare_gradients(
+    gradients: dict[str, Tensor], leaves: dict[str, Tensor], rows: Tensor, share: float
+) -> None:
+    """Compare gradients with those that float64 leaves got; leaves as double_leaves gives them."""
+    for name, gradient in gradients.items():
+        got = gradient[:, rows] if name == "x" else gradient
+        compare(f"the gradient of {name}", got, leaves[name].grad, share)

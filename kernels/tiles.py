@@ -145,6 +145,7 @@ def choose(
     precision: str = "ieee",
     sm_count: int = DEFAULT_SMS,
     shared_bytes: int = DEFAULT_SHARED_BYTES,
+    strategy: str | None = None,
 ) -> Plan:
     """Choose how a layer runs.
 
@@ -154,12 +155,20 @@ def choose(
         precision: of float32 products, "ieee" or "tf32".
         sm_count: multiprocessors. shared_bytes: shared memory one program may have. The defaults
             are an H200's.
+        strategy: persistent or stepwise instead of the better one.
     Returns:
         The plan; plan.reason says why in one sentence.
+    Raises:
+        ValueError: the layer cannot run by the strategy that was asked for.
     """
     half, size = is_half(dtype), operand_dtype(dtype).itemsize
     row_bytes = max(1, len(gates)) * B * N * size
-    strategy, tiles, reason = _tiles(B, N, dtype, gates, precision, sm_count, shared_bytes)
+    asked = strategy
+    strategy, tiles, reason = _tiles(
+        B, N, dtype, gates, precision, sm_count, shared_bytes, asked == "stepwise"
+    )
+    if asked not in (None, strategy):
+        raise ValueError(f"strategy: expected {strategy} ({reason}), got {asked!r}")
     # without the buffer every step takes a second product: only where not even two steps of it are
     # in proportion. unmeasured
     hoist = strategy == "persistent" or 2 * row_bytes <= CHUNK_BYTES
@@ -176,8 +185,9 @@ def choose(
 
 
 def _tiles(
-    B: int, N: int, dtype: torch.dtype, gates: tuple, precision: str, sm_count: int, limit: int
-) -> tuple[str, tuple[Tile, Tile], str]:
+    B: int, N: int, dtype: torch.dtype, gates: tuple, precision: str, sm_count: int, limit: int,
+    stepwise: bool,
+) -> tuple[str, tuple[Tile, Tile], str]:  # fmt: skip
     """strategy, (forward tile, backward tile), reason."""
     if not gates:
         # unmeasured
@@ -186,7 +196,8 @@ def _tiles(
 
     shared = persistent_shared_bytes(N, gates, dtype)
     fits = all(fixed + stage <= limit for fixed, stage in shared.values())
-    if N <= PERSISTENT_N and fits and (is_half(dtype) or N <= PERSISTENT_N_FLOAT32):
+    fits &= N <= (PERSISTENT_N if is_half(dtype) else PERSISTENT_N_FLOAT32)
+    if fits and not stepwise:
         # 16 rows are the least a tensor core takes; 4 warps spill at N = 128 and, in float32, at
         # N = 64. three stages where they fit: loads then start two steps ahead. unmeasured
         warps = 8 if N > 32 else 4
@@ -196,7 +207,9 @@ def _tiles(
         )
         return "persistent", tiles, "the weights stay in shared memory for the whole sequence"
 
-    if N > PERSISTENT_N:
+    if fits:
+        reason = "a launch a step was asked for"
+    elif N > PERSISTENT_N:
         reason = f"the weights of more than {PERSISTENT_N} neurons fit no multiprocessor"
     else:
         kib = max(fixed + stage for fixed, stage in shared.values()) >> 10

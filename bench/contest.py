@@ -1,0 +1,137 @@
+"""The subjects of one case: set up, checked, timed in turns, and each described by a flat record.
+
+Both drivers run these, pytest (conftest.py) and the one for a GPU (gpu.py), and their records have
+one form, which report.py reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import operator
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from bench import measure
+from bench.cases import Case
+from bench.competitors import Unavailable
+from bench.subjects import Entry, Wrong
+from gpn_triton import cost
+from gpn_triton import device as machine
+from gpn_triton.provenance import provenance
+
+
+@functools.cache
+def header(device: torch.device) -> dict[str, Any]:
+    """What every record carries of the machine and the program."""
+    found = provenance(device)
+    kept = {key: found[key] for key in ("commit", "device", "threads", "versions")}
+    return {**kept, "device_type": device.type}
+
+
+class Contest:
+    """The subjects of one case.
+
+    Args:
+        case: the sizes. prepare: makes a subject's Entry from its name. subjects: names, in order.
+        device, rounds, seconds: see measure.race.
+        deadline: on time.monotonic's clock; a subject whose turn comes later is left out.
+    Attributes:
+        times: of the subjects that ran, by name. failed: by name, why the others did not.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        prepare: Callable[[str], Entry],
+        subjects: Iterable[str],
+        device: torch.device,
+        rounds: int,
+        seconds: float,
+        deadline: float = math.inf,
+    ):
+        self.case, self.device = case, device
+        self.failed: dict[str, Exception] = {}
+        self._entries: dict[str, Entry] = {}
+        self._seen: dict[str, dict[str, Any]] = {}
+        for name in subjects:
+            try:
+                if time.monotonic() > deadline:
+                    raise Unavailable("no time left")
+                entry = prepare(name)
+                self._seen[name] = self._try(entry)
+                self._entries[name] = entry
+            except Exception as error:
+                # the traceback holds the subject's tensors
+                error = error.with_traceback(None)
+                # a competitor that breaks is left out and named; ours breaking is a failure
+                known = isinstance(error, (Unavailable, Wrong, torch.OutOfMemoryError))
+                if not known and not name.startswith("gpn"):
+                    error = Unavailable(f"{type(error).__name__}: {error}")
+                self.failed[name] = error
+                entry = None
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        calls = {name: entry.call for name, entry in self._entries.items()}
+        self.times = measure.race(calls, device, rounds, seconds) if calls else {}
+
+    def _try(self, entry: Entry) -> dict[str, Any]:
+        """Check a subject, warm it up and count its memory."""
+        seen = entry.check()
+        entry.call()
+        held = measure.held_bytes(entry.saves) if entry.saves else (None, None)
+        peak = seen.get("peak_bytes", getattr(entry.call, "peak_bytes", None))
+        peak = measure.peak_bytes(entry.call, self.device) if peak is None else peak
+        return {**seen, "peak_bytes": peak, "held_bytes": held[0], "held_beyond_bytes": held[1]}
+
+    def left_out(self, subject: str) -> tuple[str, str]:
+        """How a subject that did not run ended, skipped or failed, and the reason on one line."""
+        error = self.failed[subject]
+        if isinstance(error, Wrong):
+            return "failed", f"wrong: {subject}: {error}"
+        line = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            return "skipped", f"out of memory: {line}"
+        if isinstance(error, Unavailable):
+            return "skipped", line
+        return "failed", f"{type(error).__name__}: {line}"
+
+    def record(self, subject: str, ceilings: machine.Ceilings, **info: Any) -> dict[str, Any]:
+        """What a subject's figures are, of what, on what.
+
+        Args:
+            subject: one that ran. ceilings: of the device. info: what else the record shall hold.
+        """
+        case, times, count = self.case, self.times[subject], self._entries[subject].count
+        floor = cost.floor_seconds(count, ceilings)
+        ours = [s for s in ("gpn-triton", *self.times) if s.startswith("gpn")]
+        first = next((s for s in ours if s in self.times), None)
+        wall = measure.summary(times.wall)
+        device = measure.summary(times.device)["median_ms"] if times.device else None
+        # of one's time over another's, taken next to each other
+        ratios = first and map(operator.truediv, times.wall, self.times[first].wall)
+        return {
+            **header(self.device),
+            **{key: getattr(case, key) for key in ("kind", "T", "B", "inputs", "dtype", "scaled")},
+            "case": case.name,
+            "subject": subject,
+            "hidden": list(case.hidden),
+            "full": list(case.full),
+            "rounds": len(times.wall),
+            **wall,
+            "device_median_ms": device,
+            **{key: getattr(count, key) for key in ("flops", "serial_flops", "bytes")},
+            "floor_ms": 1e3 * floor,
+            "fraction_of_floor": 1e3 * floor / wall["median_ms"],
+            "ceilings": vars(ceilings),
+            "time_relative_to": first,
+            "time_ratio": statistics.median(ratios) if first else None,
+            **self._seen[subject],
+            **info,
+        }

@@ -1,0 +1,96 @@
+"""A GPN layer on the Triton kernels by a plan that is given, not chosen by the operator."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bench.competitors import Unavailable
+from bench.measure import Call
+from gpn_triton import device as machine
+from gpn_triton.kernels import tiles
+from gpn_triton.reference import GATES
+
+if TYPE_CHECKING:
+    from bench.subjects import Problem
+
+STRATEGIES = ("persistent", "stepwise")
+
+
+def choose_plan(
+    T: int,
+    B: int,
+    N: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    strategy: str,
+    tile: tiles.Tile | None = None,
+) -> tiles.Plan:
+    """The plan of a layer of the full neuron on a device, with a tile instead of those chosen.
+
+    Raises:
+        Unavailable: the layer cannot run by the strategy.
+    """
+    limits = machine.kernel_limits() if device.type == "cuda" else {}
+    limits["precision"] = machine.float32_precision()
+    try:
+        plan = tiles.choose(T, B, N, dtype, GATES["full"], strategy=strategy, **limits)
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+    return plan if tile is None else replace(plan, forward=tile, backward=tile)
+
+
+class KernelCall(Call):
+    """The launches of a layer, forward or forward and backward, without autograd around them.
+
+    Args:
+        problem: the numbers, without an input Linear. strategy: one of STRATEGIES.
+        backward: forward and backward. tile: instead of those chosen for the strategy.
+    Raises:
+        Unavailable: the kernels cannot run here, or not by the strategy.
+    """
+
+    def __init__(
+        self, problem: Problem, strategy: str, backward: bool, tile: tiles.Tile | None = None
+    ):
+        if reason := machine.triton_unavailable(problem.x):
+            raise Unavailable(reason)
+        # here, since bench is read where triton is not installed
+        from gpn_triton.kernels.recurrence_backward import recurrence_backward
+        from gpn_triton.kernels.recurrence_forward import recurrence_forward
+
+        plan = choose_plan(*problem.x.shape, problem.dtype, problem.device, strategy, tile)
+        gates, leaves = GATES["full"], {"x": problem.x, **problem.weights}
+        tensors = (*leaves.values(), problem.v_reset)
+        forward = functools.partial(
+            recurrence_forward, *tensors, problem.v_reset, gates, int(backward), False, plan
+        )
+        super().__init__(forward, leaves, problem.cotangent if backward else None)
+        self._backward = functools.partial(recurrence_backward, self.cotangent, None, *tensors)
+        self._options = (gates, "atan", 2.0, 1, False, plan)
+        self._gradients: dict[str, Tensor] = {}
+
+    def __call__(self) -> None:
+        self.clear()
+        saved = self.forward()
+        if self.cotangent is not None:
+            # the gradient of v0 comes last
+            self._gradients = dict(zip(self.leaves, self.backward(saved), strict=False))
+        self.out = saved[0]
+
+    def backward(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients of x, weight_x, weight_v, bias, v0 from what forward returned."""
+        _, _, v_saved, bits = saved
+        return self._backward(bits, v_saved, *self._options)
+
+    def clear(self) -> None:
+        """Let go of the last call's result and gradients."""
+        self.out, self._gradients = None, {}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The last call's gradients by leaf."""
+        return self._gradients

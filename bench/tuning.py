@@ -1,0 +1,132 @@
+"""Tiles, warps and stages of the kernels as subjects of a contest, beside those chosen now.
+
+python -m bench.tuning      compiles them all for the GPU that is here, on all cores but six
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bench import subjects
+from bench.cases import Case, cases
+from bench.kernel_call import STRATEGIES, KernelCall, choose_plan
+from bench.measure import GraphedCall
+from bench.subjects import Entry, Problem, Unavailable, Wrong
+from gpn_triton.kernels import offline, tiles
+from gpn_triton.kernels.tiles import Tile
+
+# share of spikes by which two tiles may differ: sums in another order move a spike at its
+# threshold, and what follows parts
+FLIPS = 0.002
+
+
+def swept(case: Case) -> dict[str, tuple[str, Tile | None]]:
+    """The subjects of a case by name: strategy and tile; None: the tiles chosen now."""
+    block = tiles.block(case.N)
+    persistent = [
+        Tile(rows, block, block, warps, stages)
+        for rows in (16, 32, 64)
+        for warps in (8, 4, 16)
+        for stages in (3, 2, 1)
+    ]
+    # likelier ones first
+    stepwise = [
+        Tile(rows, columns, depth, warps, stages)
+        for rows, columns, warps in (
+            (32, 32, 4), (64, 32, 8), (64, 32, 4), (16, 32, 4), (64, 64, 8), (32, 64, 4),
+            (128, 32, 8), (128, 64, 8),
+        )
+        for depth, stages in ((64, 3), (64, 2), (32, 4), (32, 3))
+    ]  # fmt: skip
+    both = dict(zip(STRATEGIES, (persistent, stepwise), strict=True))
+    better = "persistent" if case.N <= tiles.PERSISTENT_N else "stepwise"
+    tiny = case.name == "tiny"
+    found: dict[str, tuple[str, Tile | None]] = {}
+    for strategy in STRATEGIES if tiny else (better,):
+        found[f"gpn-{strategy}"] = strategy, None
+        for tile in both[strategy][: 1 if tiny else None]:
+            sizes = f"{tile.BLOCK_B}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+            found[f"{sizes}-warps{tile.num_warps}-stages{tile.num_stages}"] = strategy, tile
+    return found
+
+
+def names(case: Case) -> tuple[str, ...]:
+    """The subjects of a case."""
+    return tuple(swept(case))
+
+
+def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str], Entry]:
+    """A function that prepares a subject of a case by name.
+
+    The chosen tiles are checked against float64, the others against the chosen ones.
+    """
+    problem = functools.cache(lambda: Problem(case, device))
+    chosen = functools.cache(lambda s: subjects.prepare(problem(), f"gpn-{s}", backward))
+
+    def prepare(subject: str) -> Entry:
+        strategy, tile = swept(case)[subject]
+        usual = chosen(strategy)
+        if tile is None:
+            return usual
+        call = KernelCall(problem(), strategy, backward, tile)
+        runs = GraphedCall(call, device) if device.type == "cuda" else call
+        return replace(usual, call=runs, check=functools.partial(same, runs, usual.call))
+
+    return prepare
+
+
+def same(call: Any, chosen: Any) -> dict[str, Any]:
+    """Raise Wrong if a call computes something else than the chosen tiles do."""
+    for one in (call, chosen):
+        one()
+    flips = (call.out != chosen.out).float().mean().item()
+    if flips > FLIPS:
+        raise Wrong(f"{flips:.2%} of the spikes differ from the chosen tile's")
+    expected = chosen.gradients()
+    for leaf, got in call.gradients().items():
+        error = torch.linalg.norm((got - expected[leaf]).float())
+        error = (error / torch.linalg.norm(expected[leaf].float())).item()
+        # flipped spikes move gradients by some hundredths; a wrong tile is off by far more
+        if not error < 0.2:
+            raise Wrong(f"the gradient of {leaf} is off by {error:.2g} of the chosen tile's")
+    return {"flips": flips}
+
+
+def compile_ahead() -> None:
+    """Fill Triton's cache with what recurrence and tuning launch in bfloat16, while tests run."""
+    major, minor = torch.cuda.get_device_capability()
+    plans, device = {}, torch.device("cuda")
+    for case in (*cases("recurrence", "full"), *cases("tuning", "full")):
+        subjects_of = (
+            swept(case).values() if case.kind == "tuning" else ((s, None) for s in STRATEGIES)
+        )
+        for strategy, tile in subjects_of if case.dtype == "bfloat16" else ():
+            try:
+                plan = choose_plan(case.T, case.B, case.N, torch.bfloat16, device, strategy, tile)
+            except Unavailable:
+                continue
+            plans.setdefault((case.N, strategy, plan.forward, plan.backward), plan)
+    # forking after CUDA has started is not allowed
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 6), context) as pool:
+        jobs = [
+            pool.submit(
+                offline.compile_layer, key[0], torch.bfloat16, 10 * major + minor, plan=plan
+            )
+            for key, plan in plans.items()
+        ]
+        # a tile that does not compile is named when its turn comes to run
+        broken = sum(job.exception() is not None for job in jobs)
+    print(f"compiled ahead: {len(jobs)} layers, {broken} do not compile", flush=True)
+
+
+if __name__ == "__main__":
+    compile_ahead()
