@@ -98,7 +98,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _peak_memory_mib(device: torch.device) -> float:
+def peak_memory_mib(device: torch.device) -> float:
     """Peak memory: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
