@@ -35,8 +35,9 @@ ARROWS = {
     },
     "gpn_triton.files": set(),
     "gpn_triton.checkpoint": {"gpn_triton.files"},
-    "gpn_triton.curves": {"gpn_triton.files"},
+    "gpn_triton.curves": {"gpn_triton.files", "gpn_triton.objective"},
     "gpn_triton.distributed": set(),
+    "gpn_triton.objective": set(),
     "gpn_triton.data.events": set(),
     "gpn_triton.data.hdf5_reader": set(),
     "gpn_triton.data.hdf5": {
@@ -47,13 +48,13 @@ ARROWS = {
     "gpn_triton.data.download": {"gpn_triton.data.hdf5", "gpn_triton.files"},
     "gpn_triton.data.feed": {"gpn_triton.data.binning", "gpn_triton.data.events"},
     "gpn_triton.data.synthetic": {"gpn_triton.data.events"},
-    "gpn_triton.trackers": set(),
+    "gpn_triton.trackers": {"gpn_triton.objective"},
     "gpn_triton.graphs": set(),
     "gpn_triton.schedule": {"gpn_triton.config"},
     "gpn_triton.device": set(),
     "gpn_triton.cost": {"gpn_triton.device", "gpn_triton.reference"},
     "gpn_triton.profile": {"gpn_triton.files"},
-    "gpn_triton.provenance": set(),
+    "gpn_triton.provenance": {"gpn_triton._version"},
     "gpn_triton.config": {"gpn_triton.model", "gpn_triton.ops", "gpn_triton.surrogate"},
 }
 NOBODY_IMPORTS = {"gpn_triton.train"}
