@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,31 +13,58 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+@dataclass(frozen=True)
 class World:
     """The processes that train together; with one process every method is the identity.
 
+    A world of several processes comes from `join`; World() is this process alone and costs nothing.
+
     Args:
-        device: of this process. Gradients travel by NCCL between GPUs and by gloo between CPUs.
-    Attributes:
-        rank, size: this process's number and how many there are, from torchrun's environment.
+        rank, size: this process's number and how many there are. control: a group for small
+            questions between hosts, which must not wait for a GPU.
     """
 
-    def __init__(self, device: torch.device):
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.control = None
-        if self.size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            # small questions between hosts, which must not wait for a GPU
-            self.control = dist.new_group(backend="gloo")
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = None
+
+    @classmethod
+    @contextmanager
+    def join(cls, device: torch.device) -> Iterator[World]:
+        """Join the processes that torchrun started, if it did, for as long as the context lasts.
+
+        Args:
+            device: of this process. Gradients travel by NCCL between GPUs, by gloo between CPUs;
+                a `cuda` without a number becomes the GPU of this process's number on its host.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            yield cls()
+            return
+        cuda = device.type == "cuda"
+        if cuda and device.index is None:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            control = dist.new_group(backend="gloo")
+            yield cls(dist.get_rank(), dist.get_world_size(), control)
+        finally:
+            dist.destroy_process_group()
 
     @property
     def is_writer(self) -> bool:
         """Whether this process writes the run's files and prints."""
         return self.rank == 0
 
+    def say(self, line: str) -> None:
+        """Print a line, once however many processes there are."""
+        if self.is_writer:
+            print(line)
+
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as it is called in training: with gradients averaged over the processes."""
+        """The model as it is called in training: with gradients averaged over the processes.
+
+        Every process must call this at the same time, as the weights are compared and sent.
+        """
         if self.size == 1 or not any(p.requires_grad for p in model.parameters()):
             return model
         return DistributedDataParallel(model)
@@ -52,15 +81,15 @@ class World:
         Args:
             indices [B]: sample numbers of the whole batch.
         Returns:
-            its sample numbers, where in the batch they begin, and how many count: 0 where the batch
-            is smaller than the number of processes and one sample stands in, so that every process
-            takes part in the communication.
+            its sample numbers, where in the batch they begin, and their weight: 1, or 0 where the
+            batch has fewer samples than there are processes. One sample then stands in, so that
+            every process takes part in the communication.
         """
         total = len(indices)
         first, last = (total * k // self.size for k in (self.rank, self.rank + 1))
         if first == last:
             return indices[:1], 0, 0
-        return indices[first:last], first, last - first
+        return indices[first:last], first, 1
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, on every one of them."""
@@ -82,15 +111,14 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.control)
 
-    def share(self, value):
-        """The writer's value, on every process; a string or None."""
+    def share(self, value: str | None) -> str | None:
+        """The writer's value, on every process."""
         if self.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, group=self.control)
         return box[0]
 
-    def close(self) -> None:
-        """Leave the group."""
-        if self.size > 1:
-            dist.destroy_process_group()
+
+# the world of a process that trains alone
+ALONE = World()

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
-from torch.nn import functional as F
 
 from gpn_triton.build import AMP, build_augmentation, build_binning
 from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import batch_input
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
-from gpn_triton.device import is_out_of_memory
-from gpn_triton.distributed import World
+from gpn_triton.distributed import ALONE, World
 from gpn_triton.event_linear import Cells
 from gpn_triton.graphs import Graphs
 from gpn_triton.model import NEURONS, Draws, SpikingClassifier
+from gpn_triton.objective import Means, blank_totals, loss_and_totals, means
 from gpn_triton.options import TrainConfig
 from gpn_triton.schedule import Schedule
 
@@ -39,10 +39,10 @@ class Engine:
 
     Args:
         cfg: the configuration. model: on `device` already. device: where everything happens.
-        world: the processes that train together; None: this one alone.
+        world: the processes that train together.
     Attributes:
-        totals [3 + layers] float64: since they were last zeroed, this process's sums over training
-            samples of loss, correct answers, ones and each layer's activity.
+        totals [3 + layers] float64: this process's sums over the epoch's training samples so far;
+            see objective.
     """
 
     def __init__(
@@ -50,14 +50,12 @@ class Engine:
         cfg: TrainConfig,
         model: SpikingClassifier,
         device: torch.device,
-        world: World | None = None,
+        world: World = ALONE,
     ):
-        self.cfg, self.model, self.device = cfg, model, device
-        self.world = World(device) if world is None else world
+        self.cfg, self.model, self.device, self.world = cfg, model, device, world
         self.amp = AMP[cfg.amp]
-        self.trained = self.world.wrap(model)
         cuda = device.type == "cuda"
-        self.graphs = Graphs(device, cuda and not cfg.no_graph and self.world.size == 1)
+        self.graphs = Graphs(device, cuda and not cfg.no_graph and world.size == 1)
         self.schedule = Schedule(cfg)
         # numbers that change from step to step live on the device, where a replay finds them
         self.lr = torch.tensor(self.schedule.rate, device=device)
@@ -65,8 +63,8 @@ class Engine:
         self.warm_steps = torch.ones((), dtype=torch.float64, device=device)
         self.steps = torch.zeros((), dtype=torch.float64, device=device)
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
-        self.totals = torch.zeros(3 + len(cfg.hidden), dtype=torch.float64, device=device)
-        self.evaluated = torch.zeros_like(self.totals)
+        self.totals = blank_totals(len(cfg.hidden), device)
+        self.evaluated = blank_totals(len(cfg.hidden), device)
         self.optimizer = torch.optim.Adam(
             model.parameters(), self.lr, weight_decay=cfg.weight_decay, fused=True, capturable=cuda
         )
@@ -74,10 +72,15 @@ class Engine:
         self.binning = build_binning(cfg)
         self.augmentation = build_augmentation(cfg)
         self.parameter_names = [name for name, _ in model.named_parameters()]
-        # steps left out, and of the last of them the loss and which parameters' gradients were bad
+        # how many steps were left out; of the last of them the loss, and whose gradients were bad
         self.bad_steps = torch.zeros((), dtype=torch.float64, device=device)
         self.bad_loss = torch.zeros((), device=device)
         self.bad_parameters = torch.zeros(len(self.parameter_names), device=device)
+
+    @functools.cached_property
+    def trained(self) -> nn.Module:
+        """The model as training calls it; made at the first step, as the processes then talk."""
+        return self.world.wrap(self.model)
 
     def _forward(
         self,
@@ -85,22 +88,17 @@ class Engine:
         events: DeviceEvents,
         indices: Tensor,
         draws: list[Draws] | None,
-        counted: int,
+        weight: int,
         augmentation: Augmentation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sum of the loss, and [loss, correct, samples, activity ...] for the running totals."""
+        """The loss summed over samples, and what they add to the running totals."""
         with record_function("data"):
             x = self._input(events, indices, augmentation)
             labels = events.labels.index_select(0, indices)
-        with (
-            record_function("forward"),
-            torch.autocast(self.device.type, self.amp, enabled=self.amp is not None),
-        ):
-            logits, activity = model(x, draws)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum") * min(counted, 1)
-        correct = (logits.argmax(1) == labels).sum() * min(counted, 1)
-        totals = torch.stack([loss.detach(), correct, torch.full_like(correct, counted)])
-        return loss, torch.cat([totals, activity * counted])
+        with record_function("forward"):
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                logits, activity = model(x, draws)
+            return loss_and_totals(logits, labels, activity, weight)
 
     def _input(
         self, events: DeviceEvents, indices: Tensor, augmentation: Augmentation | None
@@ -114,12 +112,15 @@ class Engine:
 
         Args:
             feed: the training samples. seed, epoch: what the order, the augmentation and the
-                learning rate depend on. step: how many steps are done already.
+                learning rate depend on. step: how many steps are done already; the totals are of
+                these steps, so 0 zeroes them.
         """
+        if step == 0:
+            self.totals.zero_()
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(feed), generator=generator, device=self.device)
         size = self.cfg.batch_size
-        feed.start(order, step * size, size)
+        feed.start(order, min(step * size, len(feed)), size)
         steps = -(-len(feed) // size)
         self.key.copy_(torch.tensor([seed, epoch]))
         self.warm_rate.fill_(self.schedule.rate)
@@ -136,19 +137,18 @@ class Engine:
         self.graphs.run(("train", feed, size), lambda: self._train(feed, size))
 
     def _train(self, feed: Feed, size: int) -> None:
-        share, first, counted = self.world.part(feed.batch(size))
+        share, first, weight = self.world.part(feed.batch(size))
         draws = self.model.draw(size)
         mean_loss, count = torch.zeros((), device=self.device), len(share)
         parts = min(self.cfg.accumulate, count)
         edges = [count * k // parts for k in range(parts + 1)]
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             rows = [drawn.part(first + a, first + b) for drawn in draws]
             with self.world.apart(self.trained, b < count):
                 loss, totals = self._forward(
-                    self.trained, feed.events, share[a:b], rows, min(counted, b - a),
-                    self.augmentation,
-                )  # fmt: skip
-                # gradients are averaged over processes: so they are those of the batch's mean
+                    self.trained, feed.events, share[a:b], rows, weight, self.augmentation
+                )
+                # the processes' gradients are averaged, so that they are those of the batch's mean
                 loss = loss * (self.world.size / size)
                 with record_function("backward"):
                     self.scaler.scale(loss).backward()
@@ -196,21 +196,16 @@ class Engine:
         """
         bad_steps = int(self.bad_steps)
         if bad_steps and not self.cfg.skip_nonfinite:
-            names = [
-                name
-                for name, bad in zip(
-                    self.parameter_names, self.bad_parameters.tolist(), strict=True
-                )
-                if bad
-            ]
+            found = zip(self.parameter_names, self.bad_parameters.tolist(), strict=True)
+            names = [name for name, bad in found if bad]
             gradients = f"gradients not finite in {', '.join(names)}" if names else ""
             raise NonFiniteError(f"{where}: loss {float(self.bad_loss):.4g} {gradients}".strip())
         return bad_steps
 
     @torch.no_grad()
-    def evaluate(self, feed: Feed) -> dict[str, Any]:
-        """Loss, accuracy and activity on a whole set, without dropout, noise or augmentation."""
-        # no more at once than training has
+    def evaluate(self, feed: Feed) -> Means:
+        """The metrics of a whole set, without dropout, noise or augmentation."""
+        # evaluation takes no more samples at once than training does
         size = -(-self.cfg.batch_size // self.cfg.accumulate)
         feed.start(None, 0, size)
         self.evaluated.zero_()
@@ -218,37 +213,14 @@ class Engine:
         for first in range(0, len(feed), size):
             count = min(size, len(feed) - first)
             feed.ahead(count)
-            self.graphs.run(
-                ("evaluate", feed, count), functools.partial(self._evaluate, feed, count)
-            )
+            work = functools.partial(self._evaluate, feed, count)
+            self.graphs.run(("evaluate", feed, count), work)
         self.model.train()
         return means(self.world.sum(self.evaluated))
 
     def _evaluate(self, feed: Feed, size: int) -> None:
-        share, _, counted = self.world.part(feed.batch(size))
-        self.evaluated += self._forward(self.model, feed.events, share, None, counted)[1]
-
-    def fits(self, feed: Feed, size: int) -> bool:
-        """Whether so many samples go through forward and backward at once; changes no weight.
-
-        Raises:
-            RuntimeError: another error than want of memory.
-        """
-        self.graphs.clear()
-        try:
-            feed.start(None, 0, size)
-            feed.ahead(size)
-            loss, _ = self._forward(
-                self.model, feed.events, feed.batch(size), None, size, self.augmentation
-            )
-            loss.backward()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return False
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-        return True
+        share, _, weight = self.world.part(feed.batch(size))
+        self.evaluated += self._forward(self.model, feed.events, share, None, weight)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while training, random states included."""
@@ -264,24 +236,20 @@ class Engine:
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
 
-    def expected_state(self) -> dict[str, Any]:
-        """A state of the form that state_dict has once a step was made; see run._check_form.
-
-        The random state of a GPU is missing where a run is taken up on another kind of device.
-        """
-        state = self.state_dict() | {"random_cuda": None}
-        moments = {
-            k: {"step": torch.zeros(()), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
-            for k, p in enumerate(self.model.parameters())
-        }
-        state["optimizer"] = state["optimizer"] | {"state": moments}
-        return state
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict returned."""
+        """Take up what state_dict returned; the GPU's random state where there is one.
+
+        Raises:
+            what torch does for a state that does not fit: KeyError, RuntimeError and others.
+        """
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            # torch compares no shapes here
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = moments[name].view_as(parameter)
         for group in self.optimizer.param_groups:
+            self.lr.copy_(group["lr"])
             group |= {"lr": self.lr, "capturable": self.device.type == "cuda"}
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -290,10 +258,3 @@ class Engine:
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-
-
-def means(totals: Tensor) -> dict[str, Any]:
-    """Totals as loss, accuracy and activity a sample."""
-    loss, correct, n, *activity = totals.tolist()
-    n = max(n, 1.0)
-    return {"loss": loss / n, "accuracy": correct / n, "activity": [a / n for a in activity]}

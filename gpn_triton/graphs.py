@@ -55,11 +55,6 @@ class Graphs:
             self._replays[key] = self._capture(work)
             self._replays[key]()
 
-    def clear(self) -> None:
-        """Forget all captures and give their memory back."""
-        self._runs.clear()
-        self._replays.clear()
-
     def _warm(self, work: Callable[[], None]) -> None:
         # on the stream of the capture, whose memory the libraries' workspaces then are
         current = torch.cuda.current_stream(self.device)

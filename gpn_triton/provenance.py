@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import gpn_triton
+from gpn_triton._version import __version__
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "versions": {
-            "gpn_triton": gpn_triton.__version__,
+            "gpn_triton": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),

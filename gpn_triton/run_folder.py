@@ -23,6 +23,7 @@ from torch import nn
 from gpn_triton.build import build_model, input_columns
 from gpn_triton.files import write_atomically
 from gpn_triton.model import SpikingClassifier
+from gpn_triton.objective import Epoch
 from gpn_triton.options import TrainConfig, check_names, completed
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
@@ -181,14 +182,11 @@ def read_options(run: str | Path, argument: str = "run") -> dict[str, Any]:
     return completed(values)
 
 
-def read_metrics(
-    run: str | Path, epochs: int, layers: int, names: Sequence[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_metrics(run: str | Path, epochs: int, layers: int) -> tuple[dict[str, Any], list[Epoch]]:
     """The header and the first lines of a run's metrics.jsonl.
 
     Args:
-        run: the folder. epochs: lines to read. layers: hidden layers, each of which has a number
-            under "activity". names: of the other numbers of a line.
+        run: the folder. epochs: lines to read. layers: hidden layers, each with its activity.
     Raises:
         ValueError: the file cannot be read, or a line lacks a number.
     """
@@ -196,19 +194,12 @@ def read_metrics(
     try:
         text = path.read_text(encoding="utf-8")
         header, *lines = [json.loads(line) for line in text.splitlines()[: 1 + epochs]]
-        if not isinstance(header, dict) or len(lines) != epochs:
-            raise ValueError(f"expected a header and {epochs} epochs")
-        for name in ("device", "commit"):
-            header.setdefault(name)
-        for line in lines:
-            numbers = [*(line[name] for name in names), *line["activity"]]
-            if len(line["activity"]) != layers or not all(
-                isinstance(number, int | float) for number in numbers
-            ):
-                raise ValueError(f"expected numbers, got {numbers}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        found = [Epoch(**line) for line in lines]
+        if [len(line.activity) for line in found] != [layers] * epochs:
+            raise ValueError(f"expected {epochs} epochs of {layers} layers")
+        return {"device": None, "commit": None} | header, found
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"resume: {path} cannot be read: {error}") from None
-    return header, lines
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gpn_triton.objective import Epoch
+
 
 class Trackers:
     """The trackers of one run, as a context; with none named it does nothing.
@@ -42,11 +44,10 @@ class Trackers:
         if self.wandb:
             self.wandb.finish()
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Log an epoch line of metrics.jsonl."""
-        step = line["epoch"]
-        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "epoch"}
-        numbers |= {f"activity/{k}": v for k, v in enumerate(line["activity"], 1)}
+    def log(self, epoch: Epoch) -> None:
+        """Log an epoch's metrics by their names."""
+        numbers = dict(epoch.numbers())
+        step = numbers.pop("epoch")
         if self.board:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)

@@ -32,29 +32,35 @@ def store():
     return make_store(SAMPLES, 2, None, 100, least=0, most=39, end=1.0, empty=False, band=(50, 40))
 
 
-def train(graphs=None, make_feed=None, epochs=EPOCHS, device=CPU, **options):
-    """Train on the small set; the engine and by epoch loss, activity and evaluated loss."""
+def small_engine(device=CPU, kind=Engine, **options):
+    """An engine of a kind for the small set; the same network each time."""
     torch.manual_seed(0)
     cfg = TrainConfig(**{**SMALL, **options})
-    net = Engine(cfg, build_model(cfg, 100, 2).to(device).train(), device)
+    net = kind(cfg, build_model(cfg, 100, 2).to(device).train(), device)
     with torch.no_grad():
         # as drawn the neurons hardly spike
         for parameter in net.model.inputs[0].parameters():
             parameter *= 4
-    if graphs is not None:
-        net.graphs = graphs
-    feed = (make_feed or (lambda s: Feed(DeviceEvents(s, device))))(store())
-    evaluated = Feed(DeviceEvents(store(), device))
+    return net
+
+
+def resident(events, device=CPU):
+    """A feed of events that lie on the device."""
+    return Feed(DeviceEvents(events, device))
+
+
+def train(net, make_feed=resident, epochs=EPOCHS):
+    """Train an engine on the small set; by epoch the totals, the evaluated loss and the rate."""
+    feed, evaluated = make_feed(store(), net.device), resident(store(), net.device)
     losses = []
     for epoch in range(epochs):
         net.start_epoch(feed, 3, epoch)
         for first in range(0, SAMPLES, BATCH):
             net.train_step(feed, min(BATCH, SAMPLES - first))
-        line = net.totals.tolist() + [net.evaluate(evaluated)["loss"], float(net.lr)]
+        line = net.totals.tolist() + [net.evaluate(evaluated).loss, float(net.lr)]
         losses.append(line)
         net.schedule.end_epoch(epoch, line[0])
-        net.totals.zero_()
-    return net, losses
+    return losses
 
 
 def streamed(events, device=CPU):

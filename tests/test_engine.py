@@ -5,17 +5,27 @@ import math
 import pytest
 import torch
 
-from gpn_triton import engine, memory
-from gpn_triton.build import build_model
-from gpn_triton.data import binning
+from gpn_triton.build import build_augmentation, build_binning
 from gpn_triton.data.binning import bin_batch
-from gpn_triton.data.events import DeviceEvents
-from gpn_triton.data.feed import Feed
+from gpn_triton.distributed import World
 from gpn_triton.engine import Engine
+from gpn_triton.event_linear import Cells
 from gpn_triton.options import TrainConfig
 from gpn_triton.schedule import Schedule
 from tests.replay import Recorded, RecordedGraphs
-from tests.small_training import BATCH, CPU, EPOCHS, OPTIONS, SAMPLES, SMALL, store, streamed, train
+from tests.small_training import (
+    BATCH,
+    CPU,
+    EPOCHS,
+    OPTIONS,
+    SAMPLES,
+    SMALL,
+    resident,
+    small_engine,
+    store,
+    streamed,
+    train,
+)
 
 
 def same(a, b, rel):
@@ -24,32 +34,36 @@ def same(a, b, rel):
         assert x == pytest.approx(y, rel=rel)
 
 
+def dense(events, device=CPU):
+    """A feed whose events are counted, as where a sample has many."""
+    feed = resident(events, device)
+    feed.events.mean = math.inf
+    return feed
+
+
+CONFIG, EVENTS = TrainConfig(**SMALL), resident(store()).events
+
+
 @torch.library.custom_op("test_engine::bins", mutates_args=())
-def _bins(indices: torch.Tensor, key: torch.Tensor, call: int) -> torch.Tensor:
-    events, config, augmentation = BINNED[call]
-    return bin_batch(events, indices, config, augmentation, key)
+def _bins(indices: torch.Tensor, key: torch.Tensor, augmented: bool) -> torch.Tensor:
+    augmentation = build_augmentation(CONFIG) if augmented else None
+    return bin_batch(EVENTS, indices, build_binning(CONFIG), augmentation, key)
 
 
-BINNED = []
+class OneOperation(Engine):
+    """Bins as one operation, as the kernel is: in torch its shapes depend on the data."""
 
-
-@pytest.fixture
-def one_operation(monkeypatch):
-    """Binning as one operation, as the kernel is: in torch its shapes depend on the data."""
-
-    def bins(events, indices, config, augmentation, key, sparse):
-        BINNED.append((events, config, augmentation))
-        return _bins(indices, key, len(BINNED) - 1)
-
-    monkeypatch.setattr(engine, "batch_input", bins)
+    def _input(self, events, indices, augmentation):
+        return _bins(indices, self.key, augmentation is not None).to(self.binning.dtype)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_replayed_steps_give_the_losses_of_uncaptured_ones(one_operation, options):
-    graphs = RecordedGraphs(CPU)
-    captured, losses = train(graphs=graphs, **options)
-    plain, expected = train(**options)
-    assert losses == expected
+def test_replayed_steps_give_the_losses_of_uncaptured_ones(options):
+    captured = small_engine(kind=OneOperation, **options)
+    captured.graphs = graphs = RecordedGraphs(CPU)
+    losses = train(captured)
+    plain = small_engine(kind=OneOperation, **options)
+    assert losses == train(plain)
     for p, q in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(p, q)
     # runs of each piece in an epoch: whole and short batches, of training and of evaluation
@@ -59,11 +73,12 @@ def test_replayed_steps_give_the_losses_of_uncaptured_ones(one_operation, option
     assert graphs.replays == sum(EPOCHS * count - 3 for count in pieces)
 
 
-def test_a_step_that_waits_or_brings_numbers_from_the_host_cannot_be_replayed(monkeypatch):
+def test_a_step_that_waits_or_brings_numbers_from_the_host_cannot_be_replayed():
     # in torch, binning waits for the number of events
-    monkeypatch.setattr(binning, "prefers_cells", lambda *_: False)
+    net = small_engine()
+    net.graphs = RecordedGraphs(CPU)
     with pytest.raises(Recorded):
-        train(graphs=RecordedGraphs(CPU))
+        train(net)
     recorded = RecordedGraphs(CPU)
     for _ in range(2):
         recorded.run("key", lambda: torch.tensor([1.0]))
@@ -71,11 +86,10 @@ def test_a_step_that_waits_or_brings_numbers_from_the_host_cannot_be_replayed(mo
         recorded.run("key", lambda: torch.tensor([1.0]))
 
 
-def test_replays_draw_new_masks_and_resets_and_the_seed_brings_them_back(one_operation):
+def test_replays_draw_new_masks_and_resets_and_the_seed_brings_them_back():
     def draws(seed):
-        cfg = TrainConfig(**SMALL)
-        net = Engine(cfg, build_model(cfg, 100, 2).train(), CPU)
-        graphs, kept = RecordedGraphs(CPU), [torch.zeros(BATCH, N) for N in (9, 6, 9, 6)]
+        net, graphs = small_engine(), RecordedGraphs(CPU)
+        kept = [torch.zeros(BATCH, N) for N in (9, 6, 9, 6)]
 
         def work():
             drawn = net.model.draw(BATCH)
@@ -98,24 +112,48 @@ def test_replays_draw_new_masks_and_resets_and_the_seed_brings_them_back(one_ope
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_a_batch_in_parts_gives_the_losses_of_the_whole(accumulate):
     # float32 sums in another order; a spike at its threshold may flip
-    same(train(accumulate=accumulate)[1], train()[1], 1e-4)
+    same(train(small_engine(accumulate=accumulate)), train(small_engine()), 1e-4)
 
 
-def test_parts_hold_no_more_samples_at_once_than_they_say(monkeypatch):
-    sizes, forward = [], Engine._forward
-
-    def spy(self, model, events, indices, *rest):
-        sizes.append((self.model.training, len(indices)))
-        return forward(self, model, events, indices, *rest)
-
-    monkeypatch.setattr(Engine, "_forward", spy)
-    train(accumulate=3, epochs=1)
-    assert {n for training, n in sizes if training} == {1, 2, 3}
-    assert max(n for training, n in sizes if not training) == 3
+def test_parts_hold_no_more_samples_at_once_than_they_say():
+    net, sizes = small_engine(accumulate=3), {True: set(), False: set()}
+    net.model.register_forward_pre_hook(lambda m, args: sizes[m.training].add(args[0].shape[1]))
+    train(net, epochs=1)
+    assert sizes[True] == {1, 2, 3} and max(sizes[False]) == 3
 
 
 def test_streamed_events_give_the_losses_of_resident_ones():
-    assert train(make_feed=streamed)[1] == train()[1]
+    assert train(small_engine(), streamed) == train(small_engine())
+
+
+def test_event_driven_input_gives_the_losses_of_counts():
+    losses, kinds = [], []
+    for feed in (resident, dense):
+        net, seen = small_engine(time_bins=25), set()
+        net.model.register_forward_pre_hook(lambda m, args, seen=seen: seen.add(type(args[0])))
+        losses.append(train(net, feed))
+        kinds.append(Cells in seen and torch.Tensor not in seen)
+    assert kinds == [True, False]
+    same(*losses, 1e-4)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    found = []
+    for batch_size in (3, 8, 100):
+        found.append(small_engine(batch_size=batch_size).evaluate(resident(store())))
+    for other in found[1:]:
+        assert other.loss == pytest.approx(found[0].loss, rel=1e-5)
+        assert other.accuracy == found[0].accuracy
+
+
+def test_the_shares_of_a_batch_are_the_batch_and_who_has_none_stands_in_without_weight():
+    batch = torch.arange(5) + 10
+    shares = [World(rank, 3).part(batch) for rank in range(3)]
+    assert torch.equal(torch.cat([share for share, _, _ in shares]), batch)
+    assert [(first, weight) for _, first, weight in shares] == [(0, 1), (1, 1), (3, 1)]
+    shares = [World(rank, 3).part(batch[:2]) for rank in range(3)]
+    assert [len(share) for share, _, _ in shares] == [1, 1, 1]
+    assert [weight for _, _, weight in shares] == [0, 1, 1]
 
 
 def test_learning_rate_scales_with_the_root_of_the_batch_and_warms_up_by_step():
@@ -125,9 +163,9 @@ def test_learning_rate_scales_with_the_root_of_the_batch_and_warms_up_by_step():
     schedule = Schedule(cfg)
     assert schedule.peak == pytest.approx(4e-3) and schedule.warm_steps(30) == 61
     steps = math.ceil(SAMPLES / BATCH)
-    net, losses = train(schedule="constant", lr_batch_size=2, warmup_epochs=2)
+    net = small_engine(schedule="constant", lr_batch_size=2, warmup_epochs=2)
     assert net.schedule.peak == pytest.approx(0.02)
-    rates = [line[-1] for line in losses]
+    rates = [line[-1] for line in train(net)]
     warm = 2 * steps + 1
     assert rates == pytest.approx([0.02 * steps / warm, 0.02 * 2 * steps / warm, 0.02, 0.02])
 
@@ -152,35 +190,3 @@ def test_cosine_and_plateau_change_the_rate_by_epoch_once_warm():
         other.end_epoch(epoch, 1.0)
         schedule.end_epoch(epoch, 1.0)
     assert other.rate == schedule.rate == pytest.approx(0.75**2)
-
-
-def test_out_of_memory_is_answered_with_parts_that_were_tried(monkeypatch):
-    tried, fits = [], Engine.fits
-
-    def spy(self, feed, size):
-        tried.append((size, fits(self, feed, size)))
-        return tried[-1][1]
-
-    forward = Engine._forward
-
-    def limited(self, model, events, indices, *rest):
-        if len(indices) > 2:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
-        return forward(self, model, events, indices, *rest)
-
-    cfg = TrainConfig(**SMALL)
-    net = Engine(cfg, build_model(cfg, 100, 2).train(), CPU)
-    feed = Feed(DeviceEvents(store()))
-    before = [p.clone() for p in net.model.parameters()]
-    monkeypatch.setattr(Engine, "fits", spy)
-    monkeypatch.setattr(Engine, "_forward", limited)
-    line = memory.advice(net, feed)
-    assert tried == [(4, False), (2, True)]
-    assert "a step of 8 samples at once; --accumulate 4, 2 samples at once, fits;" in line
-    for p, q in zip(before, net.model.parameters(), strict=True):
-        assert torch.equal(p, q) and q.grad is None
-    monkeypatch.setattr(
-        Engine, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("another mistake"))
-    )
-    with pytest.raises(RuntimeError, match="another mistake"):
-        memory.advice(net, feed)
