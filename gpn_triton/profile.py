@@ -15,6 +15,8 @@ from gpn_triton.files import write_atomically
 
 # the steps that compile kernels, capture a graph or fill a cache
 WARM_STEPS = 5
+# the files it leaves in a run's folder
+PROFILE, TRACE = "profile.txt", "trace.json.gz"
 # rows of the table
 SHOWN = 30
 
@@ -64,8 +66,8 @@ def profiled(
     if cuda and not any(row.self_device_time_total for row in averages):
         text += "the profiler saw no kernel: is CUPTI there, and allowed to trace?\n"
     print(text)
-    write_atomically(folder / "profile.txt", lambda file: file.write(text.encode()))
+    write_atomically(folder / PROFILE, lambda file: file.write(text.encode()))
     with tempfile.TemporaryDirectory() as scratch:
-        trace = Path(scratch, "trace.json.gz")
+        trace = Path(scratch, TRACE)
         profiler.export_chrome_trace(str(trace))
         write_atomically(folder / trace.name, lambda file: file.write(trace.read_bytes()))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from gpn_triton._version import __version__
+# the project's, which pyproject.toml reads here
+VERSION = "0.1.0"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "versions": {
-            "gpn_triton": __version__,
+            "gpn_triton": VERSION,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),

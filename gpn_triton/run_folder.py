@@ -25,10 +25,10 @@ from gpn_triton.files import write_atomically
 from gpn_triton.model import SpikingClassifier
 from gpn_triton.objective import Epoch
 from gpn_triton.options import TrainConfig, check_names, completed
+from gpn_triton.profile import PROFILE, TRACE
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 WEIGHTS, CURVES = "best.safetensors", "curves.png"
-PROFILE, TRACE = "profile.txt", "trace.json.gz"
 CHECKPOINTS, KEPT_CHECKPOINTS = "checkpoint-*.pt", 2
 SEED = "seed-"
 # of the files in SHD's layout that the training command reads

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules import module
 
-from gpn_triton import SpikingClassifier, checkpoint, cost, train
+from gpn_triton import SpikingClassifier, cost, run_folder, train
 from gpn_triton import device as machine
 from gpn_triton.data.events import EventStore
 from gpn_triton.data.hdf5 import write_events
+from gpn_triton.model import NEURONS
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "gpn_triton.train"]
@@ -319,7 +320,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_are_named(files, capsys)
     assert "gradients not finite in inputs.0.weight" in error and "output.weight" in error
     run = only_run(files[-1])
     assert f"last good checkpoint: {run}/checkpoint-00001-000000.pt" in error
-    weights = checkpoint.load_checkpoint(run)[0]["engine"]["model"]
+    weights = run_folder.load_checkpoint(run)[0]["engine"]["model"]
     assert all(t.isfinite().all() for t in weights.values())
 
 
@@ -351,7 +352,7 @@ def test_processes_together_compute_what_one_does_and_any_number_goes_on(files, 
 
     def compare(run):
         weights, expected = (
-            checkpoint.load_checkpoint(r)[0]["engine"]["model"] for r in (run, whole)
+            run_folder.load_checkpoint(r)[0]["engine"]["model"] for r in (run, whole)
         )
         for name, t in expected.items():
             torch.testing.assert_close(weights[name], t, rtol=1e-3, atol=1e-5)
@@ -398,7 +399,7 @@ def test_results_hold_throughput_and_the_share_of_the_floor(files):
     _, result = trained(files)
     # 44 samples of 6 steps
     ceilings = machine.ceilings(torch.device("cpu"))
-    floor = cost.training_floor("gpn", [8], 700, 2, 6, 44, None, ceilings)
+    floor = cost.training_floor(NEURONS["gpn"].work, [8], 700, 2, 6, 44, None, ceilings)
     assert result["floor_seconds_per_epoch"] == pytest.approx(floor)
     assert result["fraction_of_floor"] == pytest.approx(floor / result["seconds_per_epoch"])
     assert result["samples_per_second"] == pytest.approx(44 / result["seconds_per_epoch"])
