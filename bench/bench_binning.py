@@ -7,9 +7,9 @@ import torch
 
 from bench import networks
 from bench.subjects import Entry, Wrong
-from gpn_triton.cost import Count
 from gpn_triton.data.binning import BinningConfig, bin_batch
 from gpn_triton.data.events import DeviceEvents
+from gpn_triton.neurons.cost import Count
 
 KIND = "binning"
 # dense-frames: the whole set binned beforehand and kept dense on the host, a batch copied over, as

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpn_triton import reference
-from gpn_triton.layers import GPN
-from gpn_triton.surrogate import spike
+from gpn_triton.neurons import reference
+from gpn_triton.neurons.layers import GPN
+from gpn_triton.neurons.surrogate import spike
 
 
 class Unavailable(Exception):

@@ -21,7 +21,7 @@ from bench import report
 from bench.cases import SIZES, Case, cases
 from bench.contest import Contest
 from bench.subjects import Entry, Wrong
-from gpn_triton import device as machine
+from gpn_triton.machine import device as machine
 
 _contests = pytest.StashKey[dict[str, Contest]]()
 _deadline = pytest.StashKey[float]()

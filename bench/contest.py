@@ -21,9 +21,9 @@ from bench import measure
 from bench.cases import Case
 from bench.competitors import Unavailable
 from bench.subjects import Entry, Wrong
-from gpn_triton import cost
-from gpn_triton import device as machine
-from gpn_triton.provenance import provenance
+from gpn_triton.machine import device as machine
+from gpn_triton.machine.provenance import provenance
+from gpn_triton.neurons import cost
 
 
 @functools.cache

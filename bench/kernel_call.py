@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bench.competitors import Unavailable
 from bench.measure import Call
-from gpn_triton import device as machine
 from gpn_triton.kernels import tiles
-from gpn_triton.reference import GATES
+from gpn_triton.machine import device as machine
+from gpn_triton.neurons.reference import GATES
 
 if TYPE_CHECKING:
     from bench.subjects import Problem
@@ -60,17 +60,17 @@ class KernelCall(Call):
         if reason := machine.triton_unavailable(problem.x):
             raise Unavailable(reason)
         # here, since bench is read where triton is not installed
-        from gpn_triton.kernels.recurrence_backward import recurrence_backward
-        from gpn_triton.kernels.recurrence_forward import recurrence_forward
+        from gpn_triton.kernels.gpn_backward import gpn_backward
+        from gpn_triton.kernels.gpn_forward import gpn_forward
 
         plan = choose_plan(*problem.x.shape, problem.dtype, problem.device, strategy, tile)
         gates, leaves = GATES["full"], {"x": problem.x, **problem.weights}
         tensors = (*leaves.values(), problem.v_reset)
         forward = functools.partial(
-            recurrence_forward, *tensors, problem.v_reset, gates, int(backward), False, plan
+            gpn_forward, *tensors, problem.v_reset, gates, int(backward), False, plan
         )
         super().__init__(forward, leaves, problem.cotangent if backward else None)
-        self._backward = functools.partial(recurrence_backward, self.cotangent, None, *tensors)
+        self._backward = functools.partial(gpn_backward, self.cotangent, None, *tensors)
         self._options = (gates, "atan", 2.0, 1, False, plan)
         self._gradients: dict[str, Tensor] = {}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from gpn_triton.graphs import WARM_RUNS, Graphs
+from gpn_triton.machine.graphs import WARM_RUNS, Graphs
 
 # a round on a GPU lasts at least so long
 STRETCH_SECONDS = 2e-3

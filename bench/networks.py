@@ -30,13 +30,15 @@ from bench.subjects import (
     double_leaves,
     expect,
 )
-from gpn_triton import build, cost, gpn
+from gpn_triton import gpn
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
-from gpn_triton.engine import Engine
-from gpn_triton.graphs import WARM_RUNS
-from gpn_triton.model import NEURONS
-from gpn_triton.options import TrainConfig
+from gpn_triton.machine.graphs import WARM_RUNS
+from gpn_triton.neurons import cost
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.training import build
+from gpn_triton.training.engine import Engine
+from gpn_triton.training.options import TrainConfig
 
 # about as many as a sample of SHD or SSC has
 EVENTS = 4000

@@ -18,9 +18,9 @@ import triton
 from bench.report import markdown
 from gpn_triton.kernels import tiles
 from gpn_triton.kernels.offline import SHARED_BYTES, SM_COUNT, Report, compile_layer
-from gpn_triton.provenance import provenance
-from gpn_triton.reference import GATES
-from gpn_triton.surrogate import SURROGATES
+from gpn_triton.machine.provenance import provenance
+from gpn_triton.neurons.reference import GATES
+from gpn_triton.neurons.surrogate import SURROGATES
 
 CAPABILITIES = (80, 90)
 # dtype of x, precision of float32 products

@@ -30,8 +30,9 @@ from bench.competitors import (
 )
 from bench.kernel_call import STRATEGIES, KernelCall
 from bench.measure import Call, GraphedCall
-from gpn_triton import cost, gpn, reference
-from gpn_triton.model import NEURONS
+from gpn_triton import gpn
+from gpn_triton.neurons import cost, reference
+from gpn_triton.neurons.networks import NEURONS
 
 ROWS = 8
 # dtype -> (margin of h - theta within which a spike may differ, largest error of a gradient as a

@@ -29,13 +29,14 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from gpn_triton import files, run_folder
-from gpn_triton.build import input_columns, network_arguments
 from gpn_triton.data.binning import BinningConfig
-from gpn_triton.layers import GPN
-from gpn_triton.model import NEURONS, SpikingClassifier
-from gpn_triton.parser import Parser
-from gpn_triton.run_folder import NUM_CHANNELS, TrainedRun, load_run
+from gpn_triton.machine import files
+from gpn_triton.neurons.layers import GPN
+from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
+from gpn_triton.training import run_folder
+from gpn_triton.training.build import input_columns, network_arguments
+from gpn_triton.training.parser import Parser
+from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
 
 # raised when what the files hold changes
 FORMAT = 1

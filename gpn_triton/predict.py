@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpn_triton import files
-from gpn_triton.build import build_binning
 from gpn_triton.data.binning import bin_batch
 from gpn_triton.data.events import DeviceEvents, EventStore
-from gpn_triton.data.hdf5 import read_events
-from gpn_triton.device import choose_device
-from gpn_triton.model import SpikingClassifier
-from gpn_triton.parser import Parser
-from gpn_triton.run_folder import NUM_CHANNELS, TrainedRun, load_run
+from gpn_triton.data.sources.hdf5 import read_events
+from gpn_triton.machine import files
+from gpn_triton.machine.device import choose_device
+from gpn_triton.neurons.networks import SpikingClassifier
+from gpn_triton.training.build import build_binning
+from gpn_triton.training.parser import Parser
+from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
 
 
 @torch.no_grad()

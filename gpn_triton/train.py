@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 
-from gpn_triton import parser
-from gpn_triton.device import is_out_of_memory
-from gpn_triton.engine import NonFiniteError
-from gpn_triton.experiment import run_experiment
-from gpn_triton.run import Interrupted
+from gpn_triton.machine.device import is_out_of_memory
+from gpn_triton.training import parser
+from gpn_triton.training.engine import NonFiniteError
+from gpn_triton.training.experiment import run_experiment
+from gpn_triton.training.run import Interrupted
 
 
 def main(argv: list[str] | None = None) -> int:

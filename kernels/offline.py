@@ -23,8 +23,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from gpn_triton.kernels import tiles
-from gpn_triton.kernels.recurrence_backward import recurrence_backward
-from gpn_triton.kernels.recurrence_forward import recurrence_forward
+from gpn_triton.kernels.gpn_backward import gpn_backward
+from gpn_triton.kernels.gpn_forward import gpn_forward
 from gpn_triton.kernels.spikes import spikes_unpack
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -171,11 +171,9 @@ def compile_layer(
         G = len(gates)
         weights = [torch.zeros(G * N, N), torch.zeros(G * N, N), torch.zeros(G * N)]
     with compiling(capability) as found:
-        out, _, v_saved, bits = recurrence_forward(
-            x, *weights, state, state, gates, every, mean, plan
-        )
+        out, _, v_saved, bits = gpn_forward(x, *weights, state, state, gates, every, mean, plan)
         g_out = torch.zeros_like(out)
-        recurrence_backward(
+        gpn_backward(
             g_out, None, x, *weights, state, bits, v_saved,
             gates, surrogate, 2.0, every, mean, plan,
         )  # fmt: skip

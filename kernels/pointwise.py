@@ -1,8 +1,8 @@
 """The neuron's elementwise mathematics on a tile: gates, membrane, surrogate, and their gradients.
 
-Every formula of the kernels is written here, once; its twin is in gpn_triton/reference.py and
-gpn_triton/surrogate.py. Tiles are float32 of any one shape. Two compile-time choices run through
-everything:
+Every formula of the kernels is written here, once; its twins are in gpn_triton/neurons:
+reference.py and surrogate.py. Tiles are float32 of any one shape. Two compile-time choices run
+through everything:
 
     GATES   the gates that have weights, "f i b theta" or some of them in this order. A gate that is
             absent is its constant: f = 1/2, i = 1 - f, b = 0, theta = 1.

@@ -8,7 +8,7 @@ for each of its BLOCK_R rows of BLOCK_N neurons and writes their 32 steps.
 Layout, all contiguous. bits [ceil(T / 32), B, N] int32; mask [B, N] of out's dtype, not read unless
 MASKED (else 1); out [stop - start, B, N] float32, float16 or bfloat16: steps start..stop - 1.
 
-Source: recurrence_forward.py packs. Twin: recurrence_torch.unpack_spikes.
+Source: gpn_forward.py packs. Twin: recurrence_torch.unpack_spikes.
 """
 
 from __future__ import annotations

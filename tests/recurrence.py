@@ -2,10 +2,10 @@
 
 import torch
 
-from gpn_triton.kernels.recurrence_backward import recurrence_backward
-from gpn_triton.kernels.recurrence_forward import recurrence_forward
-from gpn_triton.recurrence_torch import unpack_spikes
-from gpn_triton.reference import GATES
+from gpn_triton.kernels.gpn_backward import gpn_backward
+from gpn_triton.kernels.gpn_forward import gpn_forward
+from gpn_triton.neurons.recurrence_torch import unpack_spikes
+from gpn_triton.neurons.reference import GATES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,8 +33,8 @@ def run_kernels(
     """
     x, *weights, v_reset, _ = inputs
     mean = g_out.ndim == 2
-    out, v_final, v_saved, bits = recurrence_forward(*inputs, GATES[variant], every, mean, plan)
-    gradients = recurrence_backward(
+    out, v_final, v_saved, bits = gpn_forward(*inputs, GATES[variant], every, mean, plan)
+    gradients = gpn_backward(
         g_out.to(out.dtype), g_v_final, x, *weights, v_reset, bits, v_saved,
         GATES[variant], surrogate, alpha, every, mean, plan,
     )  # fmt: skip

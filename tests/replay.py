@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from gpn_triton.graphs import Graphs
+from gpn_triton.machine.graphs import Graphs
 
 aten = torch.ops.aten
 WAITS = {

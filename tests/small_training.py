@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from gpn_triton.build import build_model
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed, StreamedFeed
-from gpn_triton.engine import Engine
-from gpn_triton.options import TrainConfig
+from gpn_triton.training.build import build_model
+from gpn_triton.training.engine import Engine
+from gpn_triton.training.options import TrainConfig
 from tests.stores import make_store
 
 CPU = torch.device("cpu")

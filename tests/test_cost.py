@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from gpn_triton import cost
-from gpn_triton import device as machine
-from gpn_triton.build import build_model
-from gpn_triton.model import NEURONS
-from gpn_triton.options import TrainConfig
+from gpn_triton.machine import device as machine
+from gpn_triton.neurons import cost
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.training.build import build_model
+from gpn_triton.training.options import TrainConfig
 
 CPU = torch.device("cpu")
 SHD, SSC = ([128], 20), ([512, 256, 128], 35)

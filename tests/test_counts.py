@@ -10,8 +10,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpn_triton import SpikingClassifier, cost, gpn
-from gpn_triton.model import NEURONS
+from gpn_triton import SpikingClassifier, gpn
+from gpn_triton.neurons import cost
+from gpn_triton.neurons.networks import NEURONS
 
 # products of a row [N] with a matrix [N, N] that backend="torch" takes a sample and step. forward:
 # x and v, 4 gates. backward: 3 gates of x and v once more, b being found in the saved membrane;

@@ -14,7 +14,7 @@ from gpn_triton.data import binning as module
 from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import BinningConfig, batch_input, bin_batch
 from gpn_triton.data.events import DeviceEvents
-from gpn_triton.event_linear import Cells
+from gpn_triton.neurons.event_linear import Cells
 from tests.stores import make_store, store_of
 
 f32 = np.float32

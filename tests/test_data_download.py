@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from gpn_triton.data import download
-from gpn_triton.data.download import HOSTS, MD5, PARTS, fetch
+from gpn_triton.data.sources import download
+from gpn_triton.data.sources.download import HOSTS, MD5, PARTS, fetch
 
 CONTENTS = {part: os.urandom(1) * 50_000 + os.urandom(150_000) for part in ("train", "test")}
 

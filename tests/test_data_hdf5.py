@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import pytest
 
-from gpn_triton.data import hdf5, hdf5_reader
 from gpn_triton.data.events import unsorted_samples
-from gpn_triton.data.hdf5 import read_events, write_events
+from gpn_triton.data.sources import hdf5, hdf5_reader
+from gpn_triton.data.sources.hdf5 import read_events, write_events
 from tests.stores import make_store, store_of
 
 TIMES = [[0.1, 0.2, 0.3], [0.05], []]

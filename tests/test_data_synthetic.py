@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gpn_triton.data import synthetic
-from gpn_triton.data.synthetic import CHANNELS, synthetic_events, synthetic_splits
+from gpn_triton.data.sources import synthetic
+from gpn_triton.data.sources.synthetic import CHANNELS, synthetic_events, synthetic_splits
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from gpn_triton.build import build_augmentation, build_binning
 from gpn_triton.data.binning import bin_batch
-from gpn_triton.distributed import World
-from gpn_triton.engine import Engine
-from gpn_triton.event_linear import Cells
-from gpn_triton.options import TrainConfig
-from gpn_triton.schedule import Schedule
+from gpn_triton.machine.distributed import World
+from gpn_triton.neurons.event_linear import Cells
+from gpn_triton.training.build import build_augmentation, build_binning
+from gpn_triton.training.engine import Engine
+from gpn_triton.training.options import TrainConfig
+from gpn_triton.training.schedule import Schedule
 from tests.replay import Recorded, RecordedGraphs
 from tests.small_training import (
     BATCH,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gpn_triton.graphs import WARM_RUNS
-from gpn_triton.profile import profiled
+from gpn_triton.machine.graphs import WARM_RUNS
+from gpn_triton.machine.profile import profiled
 from tests.small_training import BATCH, OPTIONS, resident, small_engine, store, streamed, train
 
 pytestmark = pytest.mark.gpu
@@ -82,5 +82,5 @@ def test_a_profile_splits_replayed_steps_kernel_by_kernel(tmp_path):
             net.train_step(feed, BATCH)
             made()
     text = (tmp_path / "profile.txt").read_text()
-    assert "recurrence_forward_kernel" in text and "binning" in text, text
+    assert "gpn_forward_kernel" in text and "binning" in text, text
     assert "saw no kernel" not in text

@@ -10,7 +10,7 @@ from gpn_triton.data import binning as module
 from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import BinningConfig, bin_batch, bin_cells, prefers_cells
 from gpn_triton.data.events import DeviceEvents
-from gpn_triton.event_linear import Cells, event_linear
+from gpn_triton.neurons.event_linear import Cells, event_linear
 from tests.stores import make_store
 
 EVERYTHING = Augmentation(20, 0.1, 0.005, 0.1, 0.1)

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from gpn_triton import cost, explain, ops
-from gpn_triton.model import NEURONS
+from gpn_triton.neurons import cost, explain
+from gpn_triton.neurons import gpn as ops
+from gpn_triton.neurons.networks import NEURONS
 
 pytest.importorskip("triton")
 

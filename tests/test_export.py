@@ -10,9 +10,9 @@ from test_predict import NAMES, make_run
 
 from gpn_triton import SpikingClassifier, export
 from gpn_triton.data.binning import BinningConfig
-from gpn_triton.model import NEURONS
-from gpn_triton.reference import gpn_loop
-from gpn_triton.run_folder import load_run
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.neurons.reference import gpn_loop
+from gpn_triton.training.run_folder import load_run
 
 
 def documented_loader():

@@ -17,8 +17,10 @@ import torch
 
 pytest.importorskip("triton")
 from bench.measure import peak_bytes
-from gpn_triton import device, gpn, reference
+from gpn_triton import gpn
 from gpn_triton.kernels import tiles
+from gpn_triton.machine import device
+from gpn_triton.neurons import reference
 from tests import interpreted_bfloat16
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import FLIPS, TOLERANCES

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gpn_triton import device as machine
-from gpn_triton import ops
 from gpn_triton.kernels import tiles
-from gpn_triton.kernels.recurrence_forward import recurrence_forward
+from gpn_triton.kernels.gpn_forward import gpn_forward
 from gpn_triton.kernels.spikes import spikes_unpack
-from gpn_triton.recurrence_torch import unpack_spikes
-from gpn_triton.reference import GATES, gpn_loop
-from gpn_triton.spike_linear import spike_linear
-from gpn_triton.surrogate import SURROGATES
+from gpn_triton.machine import device as machine
+from gpn_triton.neurons import gpn as ops
+from gpn_triton.neurons.recurrence_torch import unpack_spikes
+from gpn_triton.neurons.reference import GATES, gpn_loop
+from gpn_triton.neurons.spike_linear import spike_linear
+from gpn_triton.neurons.surrogate import SURROGATES
 from tests import interpreted_bfloat16
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import BACKENDS, MEAN, TOLERANCES
@@ -149,8 +149,8 @@ def test_half_types_stay_near_the_specification(strategy, T, B, N, options, dtyp
 def test_inference_saves_nothing_and_gives_the_same_output(strategy, mean):
     inputs, gates = layer(5, 3, 16), GATES["full"]
     how = plan(strategy, 5, 3, 16, torch.float32, "full", 1)
-    trained = recurrence_forward(*inputs, gates, 1, mean, how)
-    out, v_final, v_saved, bits = recurrence_forward(*inputs, gates, 0, mean, how)
+    trained = gpn_forward(*inputs, gates, 1, mean, how)
+    out, v_final, v_saved, bits = gpn_forward(*inputs, gates, 0, mean, how)
     assert torch.equal(out, trained[0]) and torch.equal(v_final, trained[1])
     assert v_saved.numel() == 0 and bits.numel() == 0
 

@@ -52,10 +52,10 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
     import torch
 
     from gpn_triton.kernels import offline, tiles
-    from gpn_triton.kernels.recurrence_backward import recurrence_backward
-    from gpn_triton.kernels.recurrence_forward import recurrence_forward
+    from gpn_triton.kernels.gpn_backward import gpn_backward
+    from gpn_triton.kernels.gpn_forward import gpn_forward
     from gpn_triton.kernels.spikes import spikes_unpack
-    from gpn_triton.reference import GATES
+    from gpn_triton.neurons.reference import GATES
 
     gates, G, dtype = GATES["full"], 4, getattr(torch, dtype)
     weights = torch.zeros(G * N, N), torch.zeros(G * N, N), torch.zeros(G * N)
@@ -67,10 +67,10 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
             for B in (1, 13, 256) if T < 100 else (1, 13):
                 x, state = torch.zeros(T, B, N, dtype=dtype), torch.zeros(B, N)
                 for every, mean in ((1, False), (3, True)):
-                    out, _, v_saved, bits = recurrence_forward(
+                    out, _, v_saved, bits = gpn_forward(
                         x, *weights, state, state, gates, every, mean, plan
                     )
-                    recurrence_backward(
+                    gpn_backward(
                         out, None, x, *weights, state, bits, v_saved,
                         gates, "atan", 2.0, every, mean, plan,
                     )  # fmt: skip
@@ -159,7 +159,7 @@ def test_every_fault_is_named(changes, named):
 
     constants = {"GATES": "f i b theta", "FAST": True, "PRECISION": "ieee"}
     right = Report(
-        "recurrence_forward_persistent_kernel", constants, registers=128, stack_bytes=0,
+        "gpn_forward_persistent_kernel", constants, registers=128, stack_bytes=0,
         local_accesses=0, shared_bytes=227 << 10, num_warps=8, mma=64, async_copies=15,
         loop_instructions=400, loop_mma=64, loop_barriers=6, loop_loads=0,
     )  # fmt: skip

@@ -1,102 +1,189 @@
-"""The walls of the project: who may import whom, and what the package ships."""
+"""The rooms of the house: which module lies in which, who may import whom, what a package ships."""
 
 import ast
+import shutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# module -> what of the project it may import
-ARROWS = {
-    "gpn_triton.surrogate": set(),
-    "gpn_triton.reference": {"gpn_triton.surrogate"},
-    "gpn_triton.ops": {
-        "gpn_triton.reference",
-        "gpn_triton.surrogate",
-        "gpn_triton.kernels.offline",
-        "gpn_triton.kernels.tiles",
-        "gpn_triton.kernels.recurrence_forward",
-        "gpn_triton.kernels.recurrence_backward",
-    },
-    "gpn_triton.spike_linear": {
-        "gpn_triton.ops",
-        "gpn_triton.reference",
-        "gpn_triton.kernels.spikes",
-    },
-    "gpn_triton.layers": {"gpn_triton.ops", "gpn_triton.reference"},
-    "gpn_triton.event_linear": set(),
-    "gpn_triton.model": {
-        "gpn_triton.event_linear",
-        "gpn_triton.layers",
-        "gpn_triton.reference",
-        "gpn_triton.spike_linear",
-    },
-    "gpn_triton.files": set(),
-    "gpn_triton.checkpoint": {"gpn_triton.files"},
-    "gpn_triton.curves": {"gpn_triton.files"},
-    "gpn_triton.distributed": set(),
-    "gpn_triton.data.events": set(),
-    "gpn_triton.data.hdf5_reader": set(),
-    "gpn_triton.data.hdf5": {
-        "gpn_triton.data.events",
-        "gpn_triton.data.hdf5_reader",
-        "gpn_triton.files",
-    },
-    "gpn_triton.data.download": {"gpn_triton.data.hdf5", "gpn_triton.files"},
-    "gpn_triton.data.feed": {"gpn_triton.data.binning", "gpn_triton.data.events"},
-    "gpn_triton.data.synthetic": {"gpn_triton.data.events"},
-    "gpn_triton.trackers": set(),
-    "gpn_triton.graphs": set(),
-    "gpn_triton.schedule": {"gpn_triton.config"},
-    "gpn_triton.device": set(),
-    "gpn_triton.cost": {"gpn_triton.device", "gpn_triton.reference"},
-    "gpn_triton.profile": {"gpn_triton.files"},
-    "gpn_triton.provenance": set(),
-    "gpn_triton.config": {"gpn_triton.model", "gpn_triton.ops", "gpn_triton.surrogate"},
+# a room: its modules, and the rooms below it that it imports; `commands` is the package's folder
+ROOMS = {
+    "kernels": (
+        "binning gpn_backward gpn_forward offline operands pointwise spikes tiles",
+        "",
+    ),
+    "machine": ("device distributed files graphs profile provenance", ""),
+    "neurons": (
+        "cost event_linear explain gpn gpn_options layers networks recurrence_torch reference "
+        "spike_linear surrogate",
+        "machine kernels",
+    ),
+    "data": (
+        "augmentation binning datasets events feed hold_out sources.download sources.hdf5 "
+        "sources.hdf5_reader sources.synthetic",
+        "neurons machine kernels",
+    ),
+    "training": (
+        "build curves engine experiment objective options parser presets run run_folder schedule "
+        "trackers",
+        "data neurons machine",
+    ),
+    "commands": ("export predict train", "training data neurons machine"),
 }
-NOBODY_IMPORTS = {"gpn_triton.train"}
+# whoever else imports a kernel
+KERNEL_IMPORTERS = {
+    "neurons.explain", "neurons.gpn", "neurons.recurrence_torch", "neurons.spike_linear",
+    "data.binning",
+}  # fmt: skip
+# what the package's face shows comes from here
+FACE = {
+    "machine.provenance",
+    "neurons.explain",
+    "neurons.gpn",
+    "neurons.layers",
+    "neurons.networks",
+}
+KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 
 
-def modules():
-    """Every module of the package and of kernels/, by dotted name."""
-    for path in [*ROOT.glob("gpn_triton/*.py"), *ROOT.glob("gpn_triton/data/*.py")]:
-        yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
-    for path in ROOT.glob("kernels/*.py"):
-        yield f"gpn_triton.kernels.{path.stem}", path
+def modules(root):
+    """Every module by its name below the package, with its file; a room's __init__ is `room`."""
+    for path in sorted(root.glob("kernels/*.py")):
+        yield f"kernels.{path.stem}", path
+    for path in sorted((root / "gpn_triton").rglob("*.py")):
+        parts = path.relative_to(root / "gpn_triton").with_suffix("").parts
+        if parts[0] != "kernels":
+            yield ".".join(parts if parts[-1] != "__init__" else parts[:-1]), path
 
 
-def imports(path):
-    """Absolute names a file imports anywhere in it."""
+def imported(path, known):
+    """What of the project a file imports anywhere in it, and the other packages it imports."""
+    own, others = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
+        names = []
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                is_module = (ROOT / Path(*name.split("."))).with_suffix(".py").exists()
-                yield name if is_module else node.module
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package != "gpn_triton":
+                others.add(package)
+            else:
+                # a name out of a module, or the module itself
+                own.add(rest if rest in known else rest.rpartition(".")[0])
+    return own, others
 
 
-def test_imports_follow_the_arrows():
-    for name, path in modules():
-        own = {i for i in imports(path) if i.startswith("gpn_triton.")}
-        assert not own & NOBODY_IMPORTS, f"{name} imports the trainer"
-        if name in ARROWS:
-            assert own <= ARROWS[name], f"{name} imports {sorted(own - ARROWS[name])}"
+def room_of(module):
+    """The room a module lies in."""
+    first = module.partition(".")[0]
+    return first if first in ROOMS else "commands"
 
 
-def test_kernels_import_only_torch_and_triton():
-    for name, path in modules():
-        if name.startswith("gpn_triton.kernels"):
-            for i in imports(path):
-                root = i.split(".")[0]
-                fits = root in {"torch", "triton", *sys.stdlib_module_names} or i.startswith(
-                    "gpn_triton.kernels."
-                )
-                assert fits, f"{name} imports {i}"
+def faults(root, rooms=ROOMS, kernel_importers=KERNEL_IMPORTERS):
+    """What in a tree does not stand in the tables, one line each."""
+    found = dict(modules(root))
+    listed = {
+        name if room == "commands" else f"{room}.{name}"
+        for room, (names, _) in rooms.items()
+        for name in names.split()
+    }
+    faces = {"", *rooms, "data.sources"}
+    yield from (f"{name} is listed in no room" for name in sorted(found.keys() - listed - faces))
+    yield from (f"{name} is listed and not there" for name in sorted(listed - found.keys()))
+    used, to_kernels, graph = set(), set(), {}
+    for name, path in found.items():
+        own, others = imported(path, found)
+        if name in faces:
+            if own - (FACE if name == "" else set()):
+                yield f"the face {name or 'gpn_triton'} imports {sorted(own)}"
+            continue
+        room, graph[name] = room_of(name), own
+        for other in own:
+            if other in rooms["commands"][0].split() or other == "":
+                yield f"{name} imports the command or face {other or 'gpn_triton'}"
+                continue
+            target = room_of(other)
+            if target == "kernels" and room != "kernels":
+                to_kernels.add(name)
+            if target != room:
+                used.add((room, target))
+                if target not in rooms[room][1].split():
+                    yield f"{name} imports {other}: there is no arrow from {room} to {target}"
+        if room == "kernels":
+            yield from (f"{name} imports {other}" for other in sorted(others - KERNELS_MAY_IMPORT))
+    for room, (_, below) in rooms.items():
+        for target in below.split():
+            if (room, target) not in used:
+                yield f"nobody uses the arrow from {room} to {target}"
+    for name in sorted(to_kernels ^ kernel_importers):
+        yield f"{name} imports kernels or is listed to: one without the other"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield f"a circle of imports: {' -> '.join(error.args[1])}"
+
+
+def test_every_module_is_in_its_room_and_imports_go_down():
+    assert list(faults(ROOT)) == []
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the program that a test may spoil."""
+    for name in ("gpn_triton", "kernels"):
+        shutil.copytree(
+            ROOT / name,
+            tmp_path / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        (
+            "gpn_triton/machine/files.py",
+            "from gpn_triton.data.events import EventStore",
+            "machine.files imports data.events: there is no arrow from machine to data",
+        ),
+        (
+            "gpn_triton/training/run.py",
+            "import gpn_triton.train",
+            "training.run imports the command",
+        ),
+        ("gpn_triton/neurons/news.py", "", "neurons.news is listed in no room"),
+        ("kernels/tiles.py", "import numpy", "kernels.tiles imports numpy"),
+        (
+            "gpn_triton/training/run.py",
+            "from gpn_triton.kernels import tiles",
+            "training.run imports kernels or is listed to",
+        ),
+        (
+            "gpn_triton/neurons/surrogate.py",
+            "from gpn_triton.neurons.gpn import gpn",
+            "a circle of imports",
+        ),
+    ],
+)
+def test_a_planted_fault_is_found(copy, file, line, fault):
+    path = copy / file
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    assert any(found.startswith(fault) for found in faults(copy))
+
+
+def test_a_permission_that_nobody_uses_is_found():
+    names, _ = ROOMS["machine"]
+    unused = {**ROOMS, "machine": (names, "kernels")}
+    assert "nobody uses the arrow from machine to kernels" in list(faults(ROOT, unused))
 
 
 def test_kernels_is_a_link_to_a_folder_that_is_no_package():
@@ -105,10 +192,9 @@ def test_kernels_is_a_link_to_a_folder_that_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["gpn_triton.reference", "gpn_triton", "gpn_triton.data"])
-def test_importing_brings_in_neither_triton_nor_matplotlib(module):
+def test_importing_the_package_and_its_data_brings_in_neither_triton_nor_matplotlib():
     code = (
-        f"import sys, {module}; "
+        "import sys, gpn_triton, gpn_triton.data.datasets; "
         "bad = {m for m in ('triton', 'matplotlib') if m in sys.modules}; assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -116,5 +202,5 @@ def test_importing_brings_in_neither_triton_nor_matplotlib(module):
 
 def test_no_block_pointers_in_kernels():
     # newer Triton refuses them
-    for name, path in modules():
+    for name, path in modules(ROOT):
         assert "make_block_ptr" not in path.read_text(), name

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpn_triton import export, predict, train
-from gpn_triton.data import hdf5
-from gpn_triton.data.hdf5 import read_events, write_events
+from gpn_triton.data.sources import hdf5
+from gpn_triton.data.sources.hdf5 import read_events, write_events
 from tests.stores import make_store
 
 SMALL = "--hidden 4 --time-bins 4 --batch-size 8 --device cpu --epochs 3".split()

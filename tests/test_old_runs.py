@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpn_triton import export, options, predict, run_folder, train
-from gpn_triton.data.hdf5 import write_events
-from gpn_triton.data.synthetic import synthetic_splits
-from gpn_triton.provenance import provenance
+from gpn_triton import export, predict, train
+from gpn_triton.data.sources.hdf5 import write_events
+from gpn_triton.data.sources.synthetic import synthetic_splits
+from gpn_triton.machine.provenance import provenance
+from gpn_triton.training import options, run_folder
 
 OLD = Path(__file__).parent / "data" / "old_runs"
 # that the program has today, as if it had come after these runs; the runs have the defaults

@@ -2,11 +2,11 @@
 
 import pytest
 
-from gpn_triton import options
-from gpn_triton.options import OPTIONS, TrainConfig
-from gpn_triton.parser import parse
-from gpn_triton.presets import PRESETS
-from gpn_triton.run_folder import write_json
+from gpn_triton.training import options
+from gpn_triton.training.options import OPTIONS, TrainConfig
+from gpn_triton.training.parser import parse
+from gpn_triton.training.presets import PRESETS
+from gpn_triton.training.run_folder import write_json
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):

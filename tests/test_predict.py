@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from gpn_triton import SpikingClassifier, predict, run_folder, train
-from gpn_triton.build import build_model
-from gpn_triton.data.hdf5 import write_events
-from gpn_triton.model import NEURONS
-from gpn_triton.options import TrainConfig
-from gpn_triton.run_folder import load_run
+from gpn_triton import SpikingClassifier, predict, train
+from gpn_triton.data.sources.hdf5 import write_events
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.training import run_folder
+from gpn_triton.training.build import build_model
+from gpn_triton.training.options import TrainConfig
+from gpn_triton.training.run_folder import load_run
 from tests.stores import make_store
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from gpn_triton import SpikingClassifier
-from gpn_triton.profile import profiled
+from gpn_triton.machine.profile import profiled
 
 CPU = torch.device("cpu")
 

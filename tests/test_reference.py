@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpn_triton import recurrence_torch, reference
-from gpn_triton.ops import gpn
-from gpn_triton.surrogate import SURROGATES
+from gpn_triton.neurons import recurrence_torch, reference
+from gpn_triton.neurons.gpn import gpn
+from gpn_triton.neurons.surrogate import SURROGATES
 from tests.tolerances import DIFFERENCES, REORDERED
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "authors_golden.npz")

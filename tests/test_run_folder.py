@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gpn_triton import files, run_folder
+from gpn_triton.machine import files
+from gpn_triton.training import run_folder
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpn_triton import spike_linear as module
-from gpn_triton.gpn_options import GPNOptions
-from gpn_triton.ops import gpn, gpn_packed
-from gpn_triton.recurrence_torch import unpack_spikes
-from gpn_triton.spike_linear import SpikeLinear, Spikes, spike_linear
+from gpn_triton.neurons import spike_linear as module
+from gpn_triton.neurons.gpn import gpn, gpn_packed
+from gpn_triton.neurons.gpn_options import GPNOptions
+from gpn_triton.neurons.recurrence_torch import unpack_spikes
+from gpn_triton.neurons.spike_linear import SpikeLinear, Spikes, spike_linear
 
 # share of the largest gradient: sums of up to 350 terms in another order; bfloat16 rounds weights,
 # cotangents and every chunk's sum to 2^-9

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules import module
 
-from gpn_triton import SpikingClassifier, cost, run_folder, train
-from gpn_triton import device as machine
+from gpn_triton import SpikingClassifier, train
 from gpn_triton.data.events import EventStore
-from gpn_triton.data.hdf5 import write_events
-from gpn_triton.model import NEURONS
+from gpn_triton.data.sources.hdf5 import write_events
+from gpn_triton.machine import device as machine
+from gpn_triton.neurons import cost
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.training import run_folder
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "gpn_triton.train"]

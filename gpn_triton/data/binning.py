@@ -27,8 +27,8 @@ from gpn_triton.data.augmentation import (
     where,
 )
 from gpn_triton.data.events import DeviceEvents
-from gpn_triton.device import BACKENDS, triton_unavailable
-from gpn_triton.event_linear import Cells
+from gpn_triton.machine.device import BACKENDS, triton_unavailable
+from gpn_triton.neurons.event_linear import Cells
 
 STYLES = ("counts", "authors")
 OVERFLOWS = ("drop", "clip")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from gpn_triton.data.download import PARTS, fetch
 from gpn_triton.data.events import EventStore, check_range
-from gpn_triton.data.hdf5 import check_file, read_events
-from gpn_triton.data.splits import choose_split
+from gpn_triton.data.hold_out import choose_split
+from gpn_triton.data.sources.download import PARTS, fetch
+from gpn_triton.data.sources.hdf5 import check_file, read_events
 
 # the sets known by name; what ends in .h5 is a file
 DATASETS = ("synthetic", *PARTS)
@@ -54,7 +54,7 @@ class DataSource:
         train_file, valid_file, test_file: files in SHD's layout. A missing test part is held out of
             the training data first, then a missing validation part.
         samples, classes: training samples and words of synthetic.
-        valid_split, valid_fraction: see splits.choose_split; for a held-out test part, too.
+        valid_split, valid_fraction: see hold_out.choose_split; for a held-out test part, too.
         data_dir, download: see download.fetch. cache_dir, num_channels: see hdf5.read_events.
     """
 
@@ -103,7 +103,7 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
     """
     if source.train_file is None and source.dataset == "synthetic":
         # imported when needed: only this set needs it
-        from gpn_triton.data.synthetic import synthetic_splits
+        from gpn_triton.data.sources.synthetic import synthetic_splits
 
         made = synthetic_splits(source.samples, seed, source.classes)
         about = f"synthetic, seed {seed}: {_sizes(made.train, made.valid)}"

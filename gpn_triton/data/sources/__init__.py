@@ -1,0 +1,1 @@
+"""Where events come from: files, hosts, and made sets."""

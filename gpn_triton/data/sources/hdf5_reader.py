@@ -1,0 +1,166 @@
+"""Read an HDF5 file in SHD's layout and send its flat arrays to standard output.
+
+python gpn_triton/data/sources/hdf5_reader.py FILE.h5
+
+A program of its own, because on a damaged file the HDF5 library itself may crash, loop for ever or
+ask for any amount of memory: gpn_triton.data.sources.hdf5 runs it, ends it in time and reads its
+output, one line of JSON (names, types and lengths of the arrays; the class names) and then the
+arrays' bytes. It imports nothing of the package, so that it starts in a third of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import h5py
+import numpy as np
+
+# samples read in one call: bounds the memory of the library's own array objects
+SLAB = 4096
+# memory the program may take: a fixed part, and a multiple of the file for arrays and their copies
+MEMORY_BASE, MEMORY_FACTOR = 4 << 30, 6
+BAD_FILE = 2
+
+
+class LayoutError(ValueError):
+    """What is wrong with a file, in one line."""
+
+
+def read_layout(path: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Read the arrays of a file as they are stored, samples concatenated.
+
+    Args:
+        path: a file with spikes/times (float, a variable length per sample), spikes/units (integer,
+            likewise), labels [S] integer and, where known, extra/speaker [S] and extra/keys.
+    Returns:
+        times [E], units [E], lengths [S] int64, labels [S], and speakers [S] int32 if present;
+        the class names, or None.
+    Raises:
+        LayoutError: not HDF5, truncated, or not of this layout; naming what was expected and found.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            return _read(file)
+    except LayoutError:
+        raise
+    # h5py raises these, and no others were seen in thousands of damaged files
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
+        reason = (str(error).strip("'\"") or type(error).__name__).splitlines()[0]
+        raise LayoutError(f"expected a readable HDF5 file, got: {reason}") from None
+
+
+def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    labels = _dataset(file, "labels")
+    _expect_kind("labels", labels.dtype, "iu", "whole numbers")
+    samples = _expect_samples("labels", labels)
+    times, lengths = _read_ragged(file, "spikes/times", "f", "floating-point seconds", samples)
+    units, unit_lengths = _read_ragged(file, "spikes/units", "iu", "whole numbers", samples)
+    different = np.flatnonzero(lengths != unit_lengths)
+    if len(different):
+        k = different[0]
+        raise LayoutError(
+            f"spikes/units: expected as many as spikes/times, sample {k} has "
+            f"{unit_lengths[k]} units and {lengths[k]} times"
+        )
+    arrays = {"times": times, "units": units, "lengths": lengths, "labels": labels[()]}
+    if "extra/speaker" in file:
+        speaker = _dataset(file, "extra/speaker")
+        _expect_samples("extra/speaker", speaker, samples)
+        arrays["speakers"] = _speaker_numbers(speaker[()])
+    names = None
+    if "extra/keys" in file:
+        keys = _dataset(file, "extra/keys")
+        if keys.ndim != 1:
+            raise LayoutError(f"extra/keys: expected one name a class, got shape {keys.shape}")
+        names = [
+            key.decode(errors="replace") if isinstance(key, bytes) else str(key) for key in keys[()]
+        ]
+    native = {name: a.astype(a.dtype.newbyteorder("="), copy=False) for name, a in arrays.items()}
+    return native, names
+
+
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    if name not in file:
+        raise LayoutError(f"expected a dataset {name}, got a file without it")
+    found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise LayoutError(f"{name}: expected a dataset, got a {type(found).__name__.lower()}")
+    return found
+
+
+def _expect_kind(name: str, dtype: np.dtype, kinds: str, what: str) -> None:
+    if dtype.kind not in kinds or dtype.itemsize > 8:
+        raise LayoutError(f"{name}: expected {what}, got {dtype}")
+
+
+def _expect_samples(name: str, data: h5py.Dataset, samples: int | None = None) -> int:
+    if data.ndim != 1 or (samples is not None and len(data) != samples):
+        expected = "one value a sample" if samples is None else f"{samples} samples as in labels"
+        raise LayoutError(f"{name}: expected {expected}, got shape {data.shape}")
+    return len(data)
+
+
+def _read_ragged(
+    file: h5py.File, name: str, kinds: str, what: str, samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A dataset of one variable-length row a sample, as one array and the rows' lengths."""
+    data = _dataset(file, name)
+    dtype = h5py.check_vlen_dtype(data.dtype)
+    if not isinstance(dtype, np.dtype):
+        raise LayoutError(f"{name}: expected a variable length per sample, got {data.dtype} rows")
+    _expect_kind(name, dtype, kinds, what)
+    if not dtype.isnative:
+        # h5py 3.16 returns such rows with their bytes in the wrong order
+        raise LayoutError(f"{name}: expected this machine's byte order, got {dtype.str}")
+    _expect_samples(name, data, samples)
+    lengths = np.empty(samples, np.int64)
+    parts = [np.empty(0, dtype)]
+    for a in range(0, samples, SLAB):
+        rows = data[a : a + SLAB]
+        lengths[a : a + SLAB] = [len(row) for row in rows]
+        # rows never written come as float64
+        parts.append(np.concatenate(rows, dtype=dtype, casting="unsafe"))
+    return np.concatenate(parts), lengths
+
+
+def _speaker_numbers(speakers: np.ndarray) -> np.ndarray:
+    """The speakers' numbers as stored, or numbers given to names in alphabetical order."""
+    if speakers.dtype.kind in "iu":
+        numbers = speakers.astype(np.int32)
+        if (numbers == speakers).all():
+            return numbers
+    return np.unique(speakers, return_inverse=True)[1].astype(np.int32)
+
+
+def _limit_memory(size: int) -> None:
+    """Have a damaged length end as a failed allocation here, not as an exhausted machine."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return
+    limit = MEMORY_BASE + MEMORY_FACTOR * size
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def main(path: str) -> int:
+    """Send the file's arrays, or say on standard error why not and return BAD_FILE."""
+    try:
+        _limit_memory(os.path.getsize(path))
+        arrays, names = read_layout(path)
+    except LayoutError as error:
+        print(error, file=sys.stderr)
+        return BAD_FILE
+    header = {"arrays": [[n, a.dtype.str, len(a)] for n, a in arrays.items()], "names": names}
+    sys.stdout.buffer.write(json.dumps(header).encode() + b"\n")
+    for array in arrays.values():
+        sys.stdout.buffer.write(array.view(np.uint8))
+    sys.stdout.buffer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""What is asked of the computer: devices, graphs, processes, profiles, files."""

@@ -1,0 +1,75 @@
+"""What a figure needs beside it: commit, versions, device, command, time."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# the project's, which pyproject.toml reads here
+VERSION = "0.1.0"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Describe where and by what a figure is made.
+
+    Args:
+        device: the device that computes.
+    Returns:
+        JSON values: commit (with -dirty where tracked files differ; None outside a clone),
+        versions, device (its name), threads, command, started (ISO 8601).
+    """
+    cuda = device.type == "cuda"
+    return {
+        "commit": _commit(),
+        "versions": {
+            "gpn_triton": VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+            "cuda": torch.version.cuda if cuda else None,
+        },
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except FileNotFoundError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("-dirty" if changed.stdout else "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

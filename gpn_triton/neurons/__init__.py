@@ -1,0 +1,1 @@
+"""The neurons: specification, operator, layers, networks, and what their work costs."""

@@ -1,0 +1,214 @@
+"""Spiking layers as nn.Modules: GPN and the neurons the paper compares it with.
+
+Each takes a synaptic current x [T, B, N] and an optional state, and returns spikes [T, B, N] and
+the state after the last step, as nn.LSTM does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from gpn_triton.neurons import reference
+from gpn_triton.neurons.gpn import gpn_packed
+from gpn_triton.neurons.gpn_options import GPNOptions
+from gpn_triton.neurons.spike_linear import PackedPair
+
+
+class GPN(nn.Module):
+    """A layer of Gated Parametric Neurons.
+
+    Args:
+        hidden_size: number of neurons N.
+        variant, surrogate, alpha, backend, checkpoint_every, output: as gpn().
+        reset_std: deviation of v_reset, drawn once a sequence in training; 0 in evaluation.
+    Source: arXiv 2412.01087; initialised as the authors' Linear(2 N, G N).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        variant: str = "full",
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        backend: str = "auto",
+        checkpoint_every: int | None = None,
+        output: str = "spikes",
+        reset_std: float = 0.05,
+    ):
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        self.hidden_size = hidden_size
+        self.options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
+        self.reset_std = reset_std
+        rows = len(reference.GATES[variant]) * hidden_size
+        for name, shape in (
+            ("weight_x", (rows, hidden_size)),
+            ("weight_v", (rows, hidden_size)),
+            ("bias", (rows,)),
+        ):
+            parameter = nn.Parameter(torch.empty(shape)) if rows else None
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    @property
+    def variant(self) -> str:
+        """Which of the paper's neurons this is."""
+        return self.options.variant
+
+    def reset_parameters(self) -> None:
+        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N)."""
+        k = (2 * self.hidden_size) ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -k, k)
+
+    def forward(
+        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
+            v_reset [B, N]: default: drawn in training, zeros in evaluation.
+        Returns:
+            spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]: a pair, which carries
+            the packed spikes that gpn_packed gives, for the next layer's SpikeLinear.
+        """
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x: expected [T, B, {self.hidden_size}], got {list(x.shape)}")
+        if v_reset is None:
+            v_reset = self.draw(x.shape[1], x)
+        weights = self.weight_x, self.weight_v, self.bias
+        spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options)
+        pair = PackedPair(spikes, v_final)
+        pair.bits = bits
+        return pair
+
+    def draw(self, batch: int, like: Tensor) -> Tensor | None:
+        """A sequence's v_reset [batch, N] on like's device, float64 if `like` is, else float32;
+        None in evaluation."""
+        if not self.training or self.reset_std == 0:
+            return None
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        shape = (batch, self.hidden_size)
+        return self.reset_std * torch.randn(shape, dtype=dtype, device=like.device)
+
+    @torch.no_grad()
+    def load_authors_weights(self, ln_weight: Tensor, ln_bias: Tensor) -> None:
+        """Take the weights of the authors' layer.
+
+        Args:
+            ln_weight [G N, 2 N]: their `ln.weight`, columns of v, then of x. ln_bias [G N].
+        Raises:
+            ValueError: shapes that do not fit this layer.
+        """
+        rows, N = len(reference.GATES[self.variant]) * self.hidden_size, self.hidden_size
+        for name, tensor, shape in (
+            ("ln_weight", ln_weight, [rows, 2 * N]),
+            ("ln_bias", ln_bias, [rows]),
+        ):
+            if not rows or list(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name}: expected {shape if rows else 'no weights'} for variant "
+                    f"{self.variant} of {N} neurons, got {list(tensor.shape)}"
+                )
+        self.weight_v.copy_(ln_weight[:, :N])
+        self.weight_x.copy_(ln_weight[:, N:])
+        self.bias.copy_(ln_bias)
+
+    def authors_weights(self) -> tuple[Tensor, Tensor]:
+        """The inverse of load_authors_weights: ln_weight [G N, 2 N], ln_bias [G N]."""
+        if self.bias is None:
+            raise ValueError(f"variant: {self.variant} has no weights")
+        return torch.cat([self.weight_v, self.weight_x], 1).detach(), self.bias.detach().clone()
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in asdict(self.options).items())
+        return f"{self.hidden_size}, {options}"
+
+
+class LIF(nn.Module):
+    """Leaky integrate-and-fire: time constant tau in bins, threshold 1, hard reset to 0."""
+
+    def __init__(self, hidden_size: int, tau: float = 2.0, learn_tau: bool = False):
+        super().__init__()
+        if not tau > 1:
+            raise ValueError(f"tau: expected more than 1 bin, got {tau}")
+        self.hidden_size = hidden_size
+        self.tau = tau
+        # PLIF learns w with 1 / tau = sigmoid(w), one a layer (Fang et al., ICCV 2021)
+        w = -torch.log(torch.tensor(tau - 1.0))
+        self.register_parameter("w", nn.Parameter(w) if learn_tau else None)
+
+    def forward(self, x: Tensor, v0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, B, N] -> spikes [T, B, N], v_final [B, N]."""
+        tau = self.tau if self.w is None else 1 / torch.sigmoid(self.w).to(x.dtype)
+        return reference.lif_loop(x, torch.zeros_like(x[0]) if v0 is None else v0, tau)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, tau={self.tau}, learn_tau={self.w is not None}"
+
+
+class CubaLIF(nn.Module):
+    """Current-based LIF with recurrent weights from its spikes; decays 0.5, threshold 1."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.recurrent = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """x [T, B, N] -> spikes [T, B, N], (current, membrane, last spikes), each [B, N]."""
+        zero = torch.zeros_like(x[0])
+        return reference.cuba_lif_loop(
+            x, self.recurrent.weight, self.recurrent.bias, state or (zero, zero, zero)
+        )
+
+
+class HeldDropout(nn.Module):
+    """Dropout whose mask is drawn once a sequence and held over time.
+
+    Args:
+        p: share of neurons silenced, 0 <= p < 1; the others are scaled by 1 / (1 - p).
+    Source: the authors' implementation of arXiv 2412.01087.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout: expected 0 <= p < 1, got {p}")
+        self.p = p
+
+    def draw(self, batch: int, neurons: int, like: Tensor) -> Tensor | None:
+        """A sequence's mask [batch, neurons] of like's dtype and device; None in evaluation."""
+        if not self.training or self.p == 0:
+            return None
+        return nn.functional.dropout(like.new_ones(batch, neurons), self.p)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [T, B, N] or [B, N] -> the same shape, under the mask [B, N] or one drawn now."""
+        if mask is None:
+            mask = self.draw(*x.shape[-2:], x)
+        return x if mask is None else x * mask.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class Convolution(nn.Module):
+    """Convolution over time (3 bins), batch norm and ReLU: the authors' CNN baseline."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.convolution = nn.Conv1d(inputs, outputs, 3, padding=1)
+        self.norm = nn.BatchNorm1d(outputs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [T, B, C] -> [T, B, N], None."""
+        y = self.norm(self.convolution(x.permute(1, 2, 0)))
+        return torch.relu(y).permute(2, 0, 1), None

@@ -1,0 +1,252 @@
+"""The paper's networks: Linear -> neuron -> held dropout, repeated, and a linear readout.
+
+The readout is linear and the dropout mask is held over time, so the mean over time of the logits
+is the readout of the mean over time of the last layer's spikes: only that mean is computed. Between
+layers of GPN neither spikes nor spikes under their mask are held for backward: see spike_linear.
+
+NEURONS is the table of neurons: a new one is a row here, and a layer in a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gpn_triton.neurons import cost
+from gpn_triton.neurons.event_linear import Cells
+from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
+from gpn_triton.neurons.layers import GPN, LIF, Convolution, CubaLIF, HeldDropout
+from gpn_triton.neurons.reference import GATES
+from gpn_triton.neurons.spike_linear import SpikeLinear, Spikes
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A row of the table of neurons.
+
+    build: makes a layer from its inputs, its neurons and GPN's options. The layer takes a current
+        [T, B, N] (and a state) and returns its output [T, B, N] and its state, as nn.LSTM does. If
+        it has a method draw(batch, like), it takes what that drew as v_reset.
+    work: what cost counts of it; None: nothing.
+    is_gpn: whether it is a variant of GPN, which takes the options and can be exported in the
+        authors' layout.
+    sparse_input: whether a SpikeLinear makes its current, so that a network's input may be Cells;
+        other layers have products of their own.
+    needs_time_bins: whether it sees all bins at once, so that their number is fixed.
+    """
+
+    build: Callable[[int, int, GPNOptions], nn.Module]
+    work: cost.Work | None = None
+    is_gpn: bool = False
+    sparse_input: bool = True
+    needs_time_bins: bool = False
+
+
+def _gpn(variant: str) -> Neuron:
+    def build(inputs: int, N: int, options: GPNOptions) -> nn.Module:
+        return GPN(N, *astuple(replace(options, variant=variant)))
+
+    return Neuron(build, cost.gated_spiking(len(GATES[variant])), is_gpn=True)
+
+
+def _twin(layer: type[nn.Module], gates: int) -> Neuron:
+    """A layer of torch that is no spiking neuron, of the same sizes."""
+    return Neuron(lambda inputs, N, _: layer(inputs, N), cost.gated(gates), sparse_input=False)
+
+
+NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for variant in GATES} | {
+    "lif": Neuron(lambda _, N, __: LIF(N), cost.LEAKY),
+    "plif": Neuron(lambda _, N, __: LIF(N, learn_tau=True), cost.LEAKY),
+    "cuba-lif": Neuron(lambda _, N, __: CubaLIF(N)),
+    "lstm": _twin(nn.LSTM, 4),
+    "gru": _twin(nn.GRU, 3),
+    "rnn": _twin(nn.RNN, 1),
+    "cnn": Neuron(
+        lambda inputs, N, _: Convolution(inputs, N), sparse_input=False, needs_time_bins=True
+    ),
+}
+READOUTS = ("mean", "last")
+
+
+class Draws(NamedTuple):
+    """A hidden layer's random draws for a batch; None: it makes none."""
+
+    v_reset: Tensor | None
+    mask: Tensor | None
+
+    def part(self, first: int, last: int) -> Draws:
+        """Those of the batch's rows first..last - 1."""
+        return Draws(*(None if drawn is None else drawn[first:last] for drawn in self))
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands: all that SpikingClassifier.stream needs of the bins before.
+
+    neurons: the state of each hidden layer, as that layer returns it. steps: bins seen.
+    readout [B, N]: of the last layer's output the sum over those bins, or, for readout last, the
+    last bin's.
+    """
+
+    neurons: tuple[Any, ...]
+    readout: Tensor
+    steps: int
+
+
+class SpikingClassifier(nn.Module):
+    """A network of spiking layers that classifies sequences of binned events.
+
+    Args:
+        hidden: neurons of each hidden layer, input side first.
+        neuron: one of NEURONS; lstm, gru, rnn and cnn are the non-spiking twins of the same sizes.
+        inputs: input channels C. classes: number of classes.
+        dropout: share of each hidden layer silenced in training, the mask held over time.
+        readout: mean over time of the logits, or those of the last step.
+        time_bins: T; needed by cnn alone, whose readout sees every bin.
+        surrogate, alpha, backend, checkpoint_every: as gpn(), for the GPN neurons.
+    Raises:
+        ValueError: an option that does not fit.
+    Source: arXiv 2412.01087; the networks of the authors' two implementations.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (128,),
+        neuron: str = "gpn",
+        inputs: int = 700,
+        classes: int = 20,
+        dropout: float = 0.5,
+        readout: str = "mean",
+        time_bins: int | None = None,
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        backend: str = "auto",
+        checkpoint_every: int | None = None,
+    ):
+        super().__init__()
+        if not hidden or any(n < 1 for n in hidden):
+            raise ValueError(f"hidden: expected one or more sizes of at least 1, got {hidden}")
+        check_choice("neuron", neuron, NEURONS)
+        check_choice("readout", readout, READOUTS)
+        row = NEURONS[neuron]
+        if row.needs_time_bins and (time_bins is None or readout != "mean"):
+            raise ValueError(
+                f"time_bins: the {neuron}'s readout sees every bin: expected time_bins and readout "
+                f"'mean', got {time_bins} and {readout!r}"
+            )
+        options = GPNOptions("full", surrogate, alpha, backend, checkpoint_every)
+        self.neuron = neuron
+        self.hidden = tuple(hidden)
+        self.readout = readout
+        self.inputs, self.neurons = nn.ModuleList(), nn.ModuleList()
+        for layer, (n_in, n) in enumerate(zip([inputs, *hidden], hidden, strict=False), 1):
+            feeds_mean = layer == len(hidden) and readout == "mean"
+            own = replace(options, output="mean") if feeds_mean else options
+            self.inputs.append(SpikeLinear(n_in, n, backend) if row.sparse_input else nn.Identity())
+            self.neurons.append(row.build(n_in, n, own))
+        self.dropout = HeldDropout(dropout)
+        self.output = nn.Linear(hidden[-1] * (time_bins if row.needs_time_bins else 1), classes)
+
+    def draw(self, batch: int) -> list[Draws]:
+        """Make a batch's random draws: in training v_reset and the mask of held dropout.
+
+        Splitting a batch, over processes or steps, changes no draw if they are made for the whole.
+
+        Args:
+            batch: B.
+        Returns:
+            of each hidden layer v_reset [B, N] and mask [B, N], in the parameters' dtype.
+        """
+        like, draws = next(self.output.parameters()).detach(), []
+        for neuron, N in zip(self.neurons, self.hidden, strict=True):
+            draw = getattr(neuron, "draw", None)
+            v_reset = None if draw is None else draw(batch, like)
+            draws.append(Draws(v_reset, self.dropout.draw(batch, N, like)))
+        return draws
+
+    def forward(
+        self, x: Tensor | Cells, draws: Sequence[Draws] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Classify a batch.
+
+        Args:
+            x [T, B, C] float: events counted in each bin and channel; or the events themselves,
+                whose first product then multiplies no zeros (not for lstm, gru, rnn and cnn).
+            draws: as draw made them for these B rows; None: made now.
+        Returns:
+            logits [B, classes]; activity [layers] float32: mean output of each hidden layer
+            (spikes a neuron and step for spiking neurons), detached.
+        """
+        if draws is None:
+            draws = self.draw(x.shape[1])
+        activity = []
+        for linear, neuron, drawn in zip(self.inputs, self.neurons, draws, strict=True):
+            current = linear(x if isinstance(linear, SpikeLinear) else _dense(x))
+            drew = drawn.v_reset is not None
+            result = neuron(current, v_reset=drawn.v_reset) if drew else neuron(current)
+            x = Spikes(result[0], getattr(result, "bits", None), drawn.mask)
+            activity.append(x.values.detach().mean(dtype=torch.float32))
+        x = x.dense()
+        if NEURONS[self.neuron].needs_time_bins:
+            x = x.permute(1, 2, 0).flatten(1)
+        elif x.ndim == 3:
+            x = x.mean(0) if self.readout == "mean" else x[-1]
+        return self._logits(x, current.dtype), torch.stack(activity)
+
+    def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The readout of x, which is summed in float32, in a network that computes in dtype."""
+        return self.output(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+
+    def stream(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+        """Classify from the bins that have come so far; in evaluation mode only.
+
+        All bins together give forward's logits but for rounding: products of other shapes may round
+        the last bit otherwise, and spikes at the edge flip with it. In float64 nothing of that is
+        left once the logits are rounded to float32.
+
+        Args:
+            x [T, B, C] float: the next bins, one or more. state: of the bins before; None at the
+                start. It is not changed, so that one state can be gone on from twice.
+        Returns:
+            logits [B, classes] after these bins; the state after them.
+        Raises:
+            ValueError: a cnn, which sees all bins at once; training mode, whose noise belongs to a
+                whole sequence; x of another rank or batch than the state's.
+        """
+        if NEURONS[self.neuron].needs_time_bins:
+            raise ValueError(f"neuron: a {self.neuron} sees all bins at once and cannot stream")
+        if self.training:
+            raise ValueError("stream: expected evaluation mode, got training: call eval() first")
+        if x.ndim != 3 or 0 in x.shape:
+            raise ValueError(f"x: expected [T, B, C], each size at least 1, got {list(x.shape)}")
+        if state is not None and x.shape[1] != len(state.readout):
+            raise ValueError(f"x: expected the state's {len(state.readout)} rows, got {x.shape[1]}")
+        neurons, steps = [], len(x)
+        before = (None,) * len(self.neurons) if state is None else state.neurons
+        for linear, neuron, old in zip(self.inputs, self.neurons, before, strict=True):
+            current = linear(x)
+            x, new = neuron(current, old)
+            neurons.append(new)
+        if self.readout == "last":
+            readout = x[-1]
+        elif x.ndim == 3:
+            # half types would stop counting at 256 or 2048
+            readout = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        else:
+            # GPN gives the mean over these bins of spikes: back to their whole number
+            readout = (x * steps).round()
+        if state is not None:
+            steps += state.steps
+            if self.readout == "mean":
+                readout = readout + state.readout
+        logits = self._logits(readout if self.readout == "last" else readout / steps, current.dtype)
+        return logits, StreamState(tuple(neurons), readout, steps)
+
+
+def _dense(x: Tensor | Cells | Spikes) -> Tensor:
+    """What a SpikeLinear takes, for any other module."""
+    return x if isinstance(x, Tensor) else x.dense()

@@ -1,0 +1,197 @@
+"""The specification of the neurons: loops for autograd, and GPN's adjoint written by hand.
+
+Everything runs in any floating dtype on any device and imports no Triton. What computes GPN faster,
+recurrence_torch and the kernels, is judged against this file in float64.
+
+    z[t]   = weight_v v[t] + weight_x x[t] + bias        -> z_f, z_i, z_b, z_theta
+    f, i   = sigmoid(z_f), sigmoid(z_i)     theta = sigmoid(z_theta)     b = tanh(z_b)
+    h[t]   = f v[t] + i x[t]
+    s[t]   = 1 if h[t] >= theta else 0
+    v[t+1] = (1 - s[t]) h[t] + s[t] v_reset + b          (s detached; b added after the reset)
+
+A formula is written here, and once in each kind of kernel: in recurrence_torch.py and in
+kernels/pointwise.py.
+
+Sizes: T time bins, B batch, N neurons, G gates of the variant (4 in full).
+Source: Wang, Zhang, Li, Wu, arXiv 2412.01087; the authors' implementation where the two differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpn_triton.neurons.surrogate import SURROGATES, spike
+
+# the gates whose weights a variant has, always in the order f, i, b, theta
+GATES: dict[str, tuple[str, ...]] = {
+    "full": ("f", "i", "b", "theta"),
+    "no-fi": ("b", "theta"),
+    "no-i": ("f", "b", "theta"),
+    "no-t": ("f", "i", "b"),
+    "no-b": ("f", "i", "theta"),
+    "no-fitb": (),
+}
+
+
+def _gates(x_t: Tensor, v: Tensor, weights: tuple, variant: str) -> tuple[Tensor | float, ...]:
+    """f, i, b, theta [B, N] of one step; a gate the variant lacks is its constant."""
+    names, z = GATES[variant], {}
+    if names:
+        weight_x, weight_v, bias = weights
+        z_t = torch.addmm(F.linear(x_t, weight_x, bias), v, weight_v.t())
+        z = dict(zip(names, z_t.chunk(len(names), -1), strict=True))
+    f = torch.sigmoid(z["f"]) if "f" in z else 0.5
+    i = torch.sigmoid(z["i"]) if "i" in z else 1 - f
+    b = torch.tanh(z["b"]) if "b" in z else 0.0
+    theta = torch.sigmoid(z["theta"]) if "theta" in z else 1.0
+    return f, i, b, theta
+
+
+def gpn_loop(
+    x: Tensor,
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
+    v_reset: Tensor,
+    v0: Tensor,
+    variant: str = "full",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    reset_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run GPN step by step under autograd: the specification itself.
+
+    Args:
+        x [T, B, N]: synaptic current.
+        weight_x, weight_v [G N, N], bias [G N]: gate weights, gates in the order f, i, b, theta.
+        v_reset [B, N]: membrane after a spike. v0 [B, N]: membrane at t = 0.
+        variant: a key of GATES. surrogate, alpha: see surrogate.SURROGATES.
+        reset_mask [T, B, N]: makes the neuron smooth, as finite differences need it: neurons reset
+            where the mask is 1, and the surrogate's smooth step stands in place of every spike.
+            Its gradient is that of the neuron which spikes where the mask is 1.
+    Returns:
+        spikes [T, B, N], v_final [B, N].
+    """
+    v, spikes = v0, []
+    for t, x_t in enumerate(x.unbind(0)):
+        f, i, b, theta = _gates(x_t, v, (weight_x, weight_v, bias), variant)
+        h = f * v + i * x_t
+        if reset_mask is None:
+            s = spike(h - theta, surrogate, alpha)
+            reset = s.detach()
+        else:
+            s = SURROGATES[surrogate].value(h - theta, alpha)
+            reset = reset_mask[t]
+        v = torch.lerp(h, v_reset, reset) + b
+        spikes.append(s)
+    return torch.stack(spikes), v
+
+
+def gpn_adjoint(
+    x: Tensor,
+    weights: tuple[Tensor | None, Tensor | None, Tensor | None],
+    v: Tensor,
+    spikes: Tensor,
+    cotangents: tuple[Tensor, Tensor],
+    variant: str = "full",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Backpropagate through GPN by hand, a step at a time: the witness of every other backward.
+
+    With g_v[t] = dL/dv[t], sg = surrogate'(h - theta), and t from T - 1 down to 0:
+
+        g_h    = g_v[t+1] (1 - s) + g_s[t] sg
+        g_z    = [ g_h v f(1-f), g_h x i(1-i), g_v[t+1] (1 - b^2), -g_s[t] sg theta(1-theta) ]
+        g_v[t] = g_h f + weight_v^T g_z
+        g_x[t] = g_h i + weight_x^T g_z
+
+    Without a gate i of its own, i = 1 - f, and v - x stands for v in f's part of g_z.
+
+    Args:
+        x [T, B, N], variant, surrogate, alpha: as gpn_loop had them.
+        weights: weight_x, weight_v and bias, as gpn_loop had them.
+        v [T, B, N]: the membrane that every step began with. spikes [T, B, N]: 0 or 1.
+        cotangents: dL/dspikes [T, B, N] and dL/dv_final [B, N].
+    Returns:
+        g_x [T, B, N], g_weight_x, g_weight_v, g_bias (None without gates), g_v0 [B, N].
+    """
+    weight_x, weight_v, _ = weights
+    names, (g_s, g_v) = GATES[variant], cotangents
+    g_x = torch.empty_like(x)
+    g_weight_x, g_weight_v, g_bias = (None if w is None else torch.zeros_like(w) for w in weights)
+    for t in reversed(range(len(x))):
+        f, i, b, theta = _gates(x[t], v[t], weights, variant)
+        h = f * v[t] + i * x[t]
+        g_u = g_s[t] * SURROGATES[surrogate].derivative(h - theta, alpha)
+        g_h = g_v * (1 - spikes[t]) + g_u
+        of = {
+            "f": g_h * (v[t] - x[t] if "i" not in names else v[t]) * f * (1 - f),
+            "i": g_h * x[t] * i * (1 - i),
+            "b": g_v * (1 - b * b),
+            "theta": -g_u * theta * (1 - theta),
+        }
+        g_v, g_x[t] = g_h * f, g_h * i
+        if names:
+            g_z = torch.cat([of[name] for name in names], -1)
+            g_v = g_v + g_z @ weight_v
+            g_x[t] += g_z @ weight_x
+            g_weight_x += g_z.t() @ x[t]
+            g_weight_v += g_z.t() @ v[t]
+            g_bias += g_z.sum(0)
+    return g_x, g_weight_x, g_weight_v, g_bias, g_v
+
+
+def lif_loop(
+    x: Tensor, v0: Tensor, tau: Tensor | float, surrogate: str = "atan", alpha: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Leaky integrate-and-fire, threshold 1, hard detached reset to 0; PLIF when tau is learned.
+
+    Args:
+        x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0.
+        tau: time constant in bins, a number or a tensor that broadcasts to [N].
+    Returns:
+        spikes [T, B, N], v_final [B, N].
+    Source: Fang et al., ICCV 2021 for the learned tau.
+    """
+    v, spikes = v0, []
+    for x_t in x.unbind(0):
+        h = v + (x_t - v) / tau
+        s = spike(h - 1.0, surrogate, alpha)
+        v = h * (1 - s.detach())
+        spikes.append(s)
+    return torch.stack(spikes), v
+
+
+def cuba_lif_loop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    current_decay: float = 0.5,
+    membrane_decay: float = 0.5,
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Current-based LIF whose spikes feed back through a weight matrix one step later.
+
+        j[t+1] = current_decay j[t] + x[t] + weight s[t-1] + bias
+        h[t]   = membrane_decay v[t] + (1 - membrane_decay) j[t+1],  threshold 1, hard reset to 0
+
+    Args:
+        x [T, B, N]: input. weight [N, N], bias [N]: recurrent connection from spikes.
+        state: current, membrane and last spikes, each [B, N].
+    Returns:
+        spikes [T, B, N] and the state after the last step.
+    Source: the authors' baseline of the same name (arXiv 2412.01087).
+    """
+    (j, v, s), spikes = state, []
+    for x_t in x.unbind(0):
+        j = torch.add(x_t + F.linear(s, weight, bias), j, alpha=current_decay)
+        h = membrane_decay * v + (1 - membrane_decay) * j
+        s = spike(h - 1.0, surrogate, alpha)
+        v = h * (1 - s.detach())
+        spikes.append(s)
+    return torch.stack(spikes), (j, v, s)

@@ -1,0 +1,225 @@
+"""Linear on the spikes of the layer before, which holds them for backward in one bit each.
+
+    y[t, b]  = weight (mask[b] s[t, b]) + bias
+    g_s      = (g_y weight) mask        g_weight = sum g_y (mask s)^T        g_bias = sum g_y
+
+F.linear(spikes * mask, weight, bias) would hold its operand [T, B, N] between forward and backward.
+The bits that the recurrence holds anyway (gpn_packed) serve both: backward rebuilds the operand
+from them, one stretch of time after the other. A layer's spikes travel to the next layer's Linear
+as Spikes: with their bits and with the mask of dropout, which only the Linear multiplies by.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpn_triton.kernels.tiles import WORD
+from gpn_triton.machine.device import BACKENDS, choose_backend
+from gpn_triton.neurons.event_linear import Cells, event_linear
+from gpn_triton.neurons.gpn_options import check_choice
+from gpn_triton.neurons.recurrence_torch import unpack_spikes
+
+# of the operand that backward rebuilds at a time. On a GPU it stays in the L2 cache between the
+# kernel that writes it and the product that reads it (unmeasured). On a CPU, at T = 100, B = 256,
+# 512 -> 256 and 1 thread, any size takes the same in float32; bfloat16 is best at 1 MiB
+CHUNK_BYTES = {"cuda": 32 << 20, "cpu": 1 << 20}
+
+
+class Spikes(NamedTuple):
+    """What a hidden layer hands to the next one.
+
+    values [T, B, N] (or their mean over time, [B, N]): the layer's output. bits [ceil(T / 32), B,
+    N] int32: the same as packed spikes, or None. mask [B, N]: what the values are still to be
+    multiplied by at every step, or None.
+    """
+
+    values: Tensor
+    bits: Tensor | None = None
+    mask: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """values * mask, as any module reads them."""
+        return self.values if self.mask is None else self.values * self.mask.to(self.values.dtype)
+
+
+class PackedPair(namedtuple("Pair", ("spikes", "state"))):
+    """The pair that a layer returns, which also carries the spikes in one bit each.
+
+    Whoever unpacks or indexes it finds the pair alone. A hook that puts another pair in its place
+    drops the bits, which would not be those of the new spikes.
+    """
+
+    bits: Tensor | None = None
+
+
+class SpikeLinear(nn.Linear):
+    """nn.Linear for the current of a layer; it takes whatever comes before one.
+
+    Args:
+        in_features, out_features: as nn.Linear. backend: as spike_linear.
+    """
+
+    def __init__(self, in_features: int, out_features: int, backend: str = "auto"):
+        super().__init__(in_features, out_features)
+        check_choice("backend", backend, BACKENDS)
+        self.backend = backend
+
+    def forward(self, x: Tensor | Cells | Spikes) -> Tensor:
+        """x [T, B, in_features], dense, as events or as spikes -> [T, B, out_features]."""
+        if isinstance(x, Cells):
+            return event_linear(x, self.weight, self.bias)
+        if isinstance(x, Spikes):
+            if x.bits is not None:
+                return spike_linear(*x, self.weight, self.bias, self.backend)
+            x = x.dense()
+        return super().forward(x)
+
+
+def spike_linear(
+    spikes: Tensor,
+    bits: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    """F.linear(spikes * mask, weight, bias), holding bits, mask and weight alone for backward.
+
+    Differentiable in spikes, weight and bias, once (no double backward). Under autocast operands
+    and result have its dtype, as F.linear's; the gradient of the weight is summed in float32 and
+    not rounded to a half type on its way to a float32 weight.
+
+    Args:
+        spikes [T, B, N] float: 0 or 1, from gpn_packed.
+        bits [ceil(T / 32), B, N] int32: the same spikes as gpn_packed gave them.
+        mask [B, N] float: what the spikes are multiplied by at every step (held dropout), not
+            differentiated; None: ones.
+        weight [M, N], bias [M] or None: float, of spikes' dtype unless autocast casts.
+        backend: of backward: triton, torch or auto, as gpn().
+    Returns:
+        y [T, B, M] of spikes' dtype, or autocast's.
+    Raises:
+        ValueError: a shape or dtype that does not fit.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    if spikes.ndim != 3 or weight.ndim != 2 or spikes.shape[2] != weight.shape[1]:
+        raise ValueError(
+            f"weight: expected [M, N] for spikes [T, B, N], got {list(weight.shape)} for "
+            f"{list(spikes.shape)}"
+        )
+    T, B, N = spikes.shape
+    for name, tensor, shape in (
+        ("bits", bits, [-(-T // WORD), B, N]),
+        ("mask", mask, [B, N]),
+        ("bias", bias, [weight.shape[0]]),
+    ):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {shape}, got {list(tensor.shape)}")
+    if bits.dtype != torch.int32:
+        raise ValueError(f"bits: expected int32, got {bits.dtype}")
+    kind = spikes.device.type
+    if torch.is_autocast_enabled(kind) and spikes.dtype != torch.float64:
+        spikes = spikes.to(torch.get_autocast_dtype(kind))
+    elif weight.dtype != spikes.dtype:
+        raise ValueError(f"weight: expected spikes' dtype {spikes.dtype}, got {weight.dtype}")
+    if mask is not None:
+        mask = mask.detach().to(spikes.dtype)
+    return _spike_linear(spikes, bits, mask, weight, bias, backend)
+
+
+@torch.library.custom_op("gpn_triton::spike_linear", mutates_args=())
+def _spike_linear(
+    spikes: Tensor,
+    bits: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """y [T, B, M]; bits and backend are backward's."""
+    dtype = spikes.dtype
+    # a backend that cannot run is named here, not in backward
+    choose_backend(backend, spikes)
+    with torch.autocast(spikes.device.type, enabled=False):
+        operand = spikes if mask is None else spikes * mask
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(operand.contiguous(), weight.to(dtype), bias)
+
+
+@_spike_linear.register_fake
+def _(spikes, bits, mask, weight, bias, backend):
+    return spikes.new_empty(*spikes.shape[:2], weight.shape[0])
+
+
+@torch.library.custom_op("gpn_triton::spike_linear_backward", mutates_args=())
+def _spike_linear_backward(
+    g_y: Tensor, bits: Tensor, mask: Tensor | None, weight: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of spikes, of g_y's dtype, and of weight and bias, of weight's."""
+    dtype, (T, B, M), N = g_y.dtype, g_y.shape, weight.shape[1]
+    half = dtype in (torch.float16, torch.bfloat16)
+    how = choose_backend(backend, g_y)
+    with torch.autocast(g_y.device.type, enabled=False):
+        g_y = g_y.contiguous()
+        g_spikes = g_y @ weight.to(dtype)
+        if mask is not None:
+            g_spikes *= mask
+        total = torch.float32 if half else dtype
+        g_weight = torch.zeros(M, N, dtype=total, device=g_y.device)
+        for start, stop in _chunks(T, B * N * dtype.itemsize, g_y.device.type):
+            rows = g_y[start:stop].view(-1, M).t()
+            operand = _operand(bits, mask, start, stop, dtype, how).view(-1, N)
+            if half and g_y.is_cuda:
+                g_weight += torch.mm(rows, operand, out_dtype=torch.float32)
+            elif half:
+                g_weight += rows @ operand
+            else:
+                g_weight.addmm_(rows, operand)
+        g_bias = g_y.sum((0, 1), dtype=total)
+    return g_spikes, g_weight.to(weight.dtype), g_bias.to(weight.dtype)
+
+
+@_spike_linear_backward.register_fake
+def _(g_y, bits, mask, weight, backend):
+    M, N = weight.shape
+    return g_y.new_empty(*g_y.shape[:2], N), weight.new_empty(M, N), weight.new_empty(M)
+
+
+def _chunks(T: int, step_bytes: int, kind: str) -> Iterator[tuple[int, int]]:
+    """Time ranges of about CHUNK_BYTES, at least a step each."""
+    steps = max(1, CHUNK_BYTES["cuda" if kind == "cuda" else "cpu"] // step_bytes)
+    for start in range(0, T, steps):
+        yield start, min(T, start + steps)
+
+
+def _operand(
+    bits: Tensor, mask: Tensor | None, start: int, stop: int, dtype: torch.dtype, how: str
+) -> Tensor:
+    """spikes * mask [stop - start, B, N] of steps start..stop - 1; how: torch or triton."""
+    if how == "triton":
+        from gpn_triton.kernels.spikes import spikes_unpack
+
+        with torch.cuda.device_of(bits):
+            return spikes_unpack(bits, mask, start, stop, dtype)
+    spikes = unpack_spikes(bits, start, stop, dtype)
+    return spikes if mask is None else spikes.mul_(mask)
+
+
+def _setup_context(ctx, inputs, output):
+    _, bits, mask, weight, bias, backend = inputs
+    ctx.has_bias, ctx.backend = bias is not None, backend
+    ctx.save_for_backward(bits, mask, weight)
+
+
+def _autograd_backward(ctx, g_y):
+    g_spikes, g_weight, g_bias = _spike_linear_backward(g_y, *ctx.saved_tensors, ctx.backend)
+    return g_spikes, None, None, g_weight, g_bias if ctx.has_bias else None, None
+
+
+_spike_linear.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,57 @@
+"""What options ask for: the network, how events are binned, how they are augmented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpn_triton.data.augmentation import Augmentation
+from gpn_triton.data.binning import BinningConfig
+from gpn_triton.data.datasets import Splits
+from gpn_triton.neurons.networks import SpikingClassifier
+from gpn_triton.training.options import AMP, TrainConfig
+
+
+def network_arguments(cfg: TrainConfig, channels: int, classes: int) -> dict[str, Any]:
+    """The arguments of SpikingClassifier that a configuration asks for.
+
+    Args:
+        cfg: the configuration. channels: input channels, once binned. classes: of the data.
+    """
+    names = (
+        "hidden", "neuron", "dropout", "readout", "time_bins", "surrogate", "alpha", "backend",
+        "checkpoint_every",
+    )  # fmt: skip
+    return {**{k: getattr(cfg, k) for k in names}, "inputs": channels, "classes": classes}
+
+
+def build_model(cfg: TrainConfig, channels: int, classes: int) -> SpikingClassifier:
+    """The network a configuration asks for, for so many input channels and classes."""
+    return SpikingClassifier(**network_arguments(cfg, channels, classes))
+
+
+def build_binning(cfg: TrainConfig) -> BinningConfig:
+    """How a configuration bins events; counts come in the dtype of its mixed precision."""
+    return BinningConfig(**cfg.settings(BinningConfig), dtype=AMP[cfg.amp] or torch.float32)
+
+
+def build_augmentation(cfg: TrainConfig) -> Augmentation | None:
+    """How a configuration changes events in training; None: not at all."""
+    augmentation = Augmentation(**cfg.settings(Augmentation))
+    return augmentation if augmentation != Augmentation() else None
+
+
+def input_columns(cfg: TrainConfig, channels: int) -> int:
+    """Input channels, once binned, of data that have so many."""
+    return build_binning(cfg).columns(channels)
+
+
+def network_sizes(cfg: TrainConfig, splits: Splits) -> tuple[int, int]:
+    """Input channels, once binned, and classes."""
+    return input_columns(cfg, splits.train.num_channels), len(splits.train.class_names)
+
+
+def build_network(cfg: TrainConfig, splits: Splits) -> SpikingClassifier:
+    """The network a configuration asks for on some data."""
+    return build_model(cfg, *network_sizes(cfg, splits))

@@ -1,0 +1,145 @@
+"""What a configuration asks for, from its data to its summary: one run a seed, or their test."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpn_triton.data.datasets import DataSource, Splits, load_splits
+from gpn_triton.data.feed import make_feed
+from gpn_triton.machine.device import choose_device, triton_unavailable
+from gpn_triton.machine.distributed import World
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.training import run_folder
+from gpn_triton.training.build import build_network
+from gpn_triton.training.engine import Engine
+from gpn_triton.training.options import TrainConfig
+from gpn_triton.training.run import Interrupted, Run
+
+# data are split with this seed whatever the training seed, so that seeds compare like with like
+SPLIT_SEED = 0
+
+
+def run_experiment(cfg: TrainConfig) -> None:
+    """Train with every seed of a configuration, or evaluate what was trained; prints what it does.
+
+    Raises:
+        Interrupted: after SIGTERM or Ctrl-C, with everything needed to go on saved.
+        ValueError, OSError, MemoryError, NonFiniteError: one line says what is wrong.
+    """
+    device = choose_device(cfg.device)
+    if cfg.backend == "triton" and NEURONS[cfg.neuron].is_gpn:
+        reason = triton_unavailable(torch.empty(1, device=device))
+        if reason:
+            raise ValueError(f"backend: triton cannot run: {reason}")
+    if cfg.deterministic:
+        # cuBLAS asks for this to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    splits = load_data(cfg)
+    with World.join(device) as world:
+        world.say(f"{splits.description}\n{splits.train.summary()}")
+        if cfg.eval_only:
+            evaluate_run(cfg, Path(cfg.eval_only), splits, device, world)
+            return
+        made = str(run_folder.make_run_folder(cfg)) if world.is_writer and not cfg.resume else None
+        run = Path(cfg.resume or world.share(made))
+        try:
+            results = train_seeds(cfg, run, splits, device, world)
+        except Interrupted as stop:
+            world.say(f"{stop}; go on with --resume {run}")
+            raise
+        world.say(_summary(cfg, results, run))
+
+
+def load_data(cfg: TrainConfig) -> Splits:
+    """The configuration's data, split; the test file is not read yet."""
+    source = DataSource(
+        dataset=cfg.dataset,
+        train_file=cfg.train_file,
+        valid_file=cfg.valid_file,
+        test_file=cfg.test_file,
+        samples=cfg.samples,
+        classes=cfg.classes,
+        valid_split=cfg.valid_split,
+        valid_fraction=cfg.valid_fraction,
+        data_dir=cfg.data_dir,
+        cache_dir=cfg.cache_dir,
+        download=cfg.download,
+    )
+    return load_splits(source, SPLIT_SEED)
+
+
+def evaluate_run(
+    cfg: TrainConfig, run: Path, splits: Splits, device: torch.device, world: World
+) -> None:
+    """Print the test accuracy of every seed's best weights."""
+    test, decision = make_feed(splits.test, device, cfg.event_mib)
+    world.say(f"test {decision}")
+    for folder in run_folder.seed_folders(run, cfg.seed):
+        model = build_network(cfg, splits).to(device)
+        run_folder.load_weights(folder / run_folder.WEIGHTS, model)
+        found = Engine(cfg, model, device, world).evaluate(test)
+        world.say(f"test accuracy {100 * found.accuracy:.2f} %  loss {found.loss:.4f}  {folder}")
+
+
+def train_seeds(
+    cfg: TrainConfig, run: Path, splits: Splits, device: torch.device, world: World
+) -> list[dict[str, Any]]:
+    """Train with every seed that is not finished; the results of all, also in result.json."""
+    folders = run_folder.seed_folders(run, cfg.seed)
+    several = len(folders) > 1
+    if world.is_writer:
+        if not cfg.resume:
+            run_folder.write_json(run / run_folder.CONFIG, cfg.to_dict())
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+    world.barrier()
+    results = []
+    for seed, folder in zip(cfg.seed, folders, strict=True):
+        path = folder / run_folder.RESULT
+        if path.exists():
+            world.say(f"{folder} is finished")
+            results.append(_read_result(path))
+            continue
+        if several:
+            world.say(f"seed {seed}")
+        results.append(Run(cfg, seed, folder, splits, device, world).train())
+        if several:
+            world.say(f"test accuracy {100 * results[-1]['test_accuracy']:.2f} %  {folder}")
+    if several and world.is_writer:
+        accuracies = [result["test_accuracy"] for result in results]
+        summary = {
+            "test_accuracy": statistics.mean(accuracies),
+            "test_accuracy_deviation": statistics.stdev(accuracies),
+            "seeds": [result["seed"] for result in results],
+            "results": results,
+        }
+        run_folder.write_json(run / run_folder.RESULT, summary)
+    return results
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"resume: {path} cannot be read: {error}") from None
+
+
+def _summary(cfg: TrainConfig, results: list[dict[str, Any]], run: Path) -> str:
+    """One line to paste into an appendix."""
+    accuracies = [100 * result["test_accuracy"] for result in results]
+    spread = f" +- {statistics.stdev(accuracies):.2f}" if len(results) > 1 else ""
+    last = results[-1]
+    return (
+        f"{cfg.neuron} {'-'.join(map(str, cfg.hidden))}, T={cfg.time_bins}: test accuracy "
+        f"{statistics.mean(accuracies):.2f}{spread} % ({len(results)} seed"
+        f"{'s' * (len(results) > 1)}), {last['parameters']} parameters, "
+        f"{sum(r['seconds'] for r in results):.0f} s on {last['processes']} x {last['device']}, "
+        f"commit {(last['commit'] or 'unknown')[:12]}, {run}"
+    )

@@ -1,0 +1,168 @@
+"""The command line of the training command, and what the parsers of all commands have in common.
+
+An option's value comes from, later ones winning: its default, the preset, the --config file, the
+flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpn_triton.training.options import (
+    OPTIONS,
+    TAKE_UP,
+    TrainConfig,
+    check_names,
+    did_you_mean,
+    value_type,
+)
+from gpn_triton.training.presets import PRESETS
+from gpn_triton.training.run_folder import CONFIG, newest_unfinished, read_options
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# how argparse reads a field of a type
+_READ: dict[str, dict[str, Any]] = {
+    "int": {"type": int},
+    "float": {"type": float},
+    "str": {},
+    "bool": {"action": "store_true"},
+    "tuple[int, ...]": {"type": int, "nargs": "+"},
+    "tuple[str, ...]": {"nargs": "+"},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are a ValueError of one line; no flag may be shortened."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the options)")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's; an unknown flag is named, with the one that was probably meant."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            wrong = next((text for text in rest if text.startswith("-")), None)
+            if wrong is None:
+                self.error(f"unexpected argument {rest[0]}")
+            wrong = wrong.split("=")[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown option {wrong}{did_you_mean(wrong, flags)}")
+        return found
+
+
+def build_parser(everything: bool = False) -> Parser:
+    """The training command's parser; it stores only the flags that were given.
+
+    Args:
+        everything: whether its help shows every option, or those that a newcomer needs.
+    """
+    hidden = sum(not f.metadata["newcomer"] for f in OPTIONS)
+    parser = Parser(
+        prog="python -m gpn_triton.train",
+        usage="%(prog)s [options]",
+        description="Train a spiking network of Gated Parametric Neurons (or a baseline) on events,"
+        " choose the best epoch by validation, and test it once.",
+        epilog="example: python -m gpn_triton.train --amp --preset shd-small --download"
+        + ("" if everything else f"; --help-all shows the other {hidden} options"),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    about = parser.add_argument_group("Help")
+    about.add_argument("-h", "--help", action=_Help, help="Shows the options needed first.")
+    about.add_argument("--help-all", action=_Help, help="Shows all options.")
+    groups: dict[str, Any] = {}
+    for f in OPTIONS:
+        about = f.metadata
+        title = about["group"]
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        text = about["help"].replace("%", "%%")
+        if f.default not in (None, ()) and f.default is not False:
+            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            text += f" (default: {shown})"
+        given = {k: about[k] for k in ("choices", "metavar", "nargs", "const") if k in about}
+        group.add_argument(
+            "--" + f.name.replace("_", "-"),
+            help=text if everything or about["newcomer"] else argparse.SUPPRESS,
+            **{**_READ[value_type(f)], **given},
+        )
+    return parser
+
+
+class _Help(argparse.Action):
+    """Prints the help for newcomers, or all of it for --help-all, and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str, **_: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        build_parser(option_string == "--help-all").print_help()
+        parser.exit()
+
+
+def parse(argv: list[str] | None = None) -> TrainConfig:
+    """Read a configuration from command-line arguments.
+
+    Args:
+        argv: arguments without the program's name; None: the process's own.
+    Returns:
+        The configuration, with preset, file and flags merged in that order.
+    Raises:
+        ValueError: an unknown flag, or a value or a key that does not fit. FileNotFoundError: no
+            such --config file or run folder. SystemExit: from argparse, for --help.
+    """
+    flags = vars(build_parser().parse_args(argv))
+    for source in TAKE_UP:
+        if source in flags:
+            return _of_run(flags, source)
+    values = _read_toml(flags["config"]) if "config" in flags else {}
+    given = {**values, **flags}
+    preset = PRESETS.get(str(given.get("preset")), {})
+    if "train_file" in given and "dataset" in given:
+        raise ValueError("dataset: expected either --dataset or --train-file, got both")
+    for name in ("valid_file", "test_file"):
+        if name in given and "train_file" not in given:
+            raise ValueError(f"{name}: expected --train-file beside it")
+    return TrainConfig(**{**preset, **given})
+
+
+def _of_run(flags: dict[str, Any], source: str) -> TrainConfig:
+    """The configuration a run folder holds, with what may be given anew beside it."""
+    auto = flags[source] == "auto"
+    run = str(newest_unfinished(flags.get("out", "runs"))) if auto else flags[source]
+    allowed = {source} | ({"out"} if auto else set())
+    allowed |= {f.name for f in OPTIONS if source in f.metadata["beside"]}
+    if extra := sorted(set(flags) - allowed):
+        raise ValueError(
+            f"{source}: takes its options from {run}/{CONFIG}: remove "
+            + ", ".join("--" + name.replace("_", "-") for name in extra)
+        )
+    return TrainConfig(**{**read_options(run, source), **flags, source: run})
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    """Options in a TOML file, by field name."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config: no such file: {path}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"config: {path} is not valid TOML: {error}") from None
+    values = {k.replace("-", "_"): v for k, v in values.items()}
+    for name in ("config", *TAKE_UP):
+        if name in values:
+            raise ValueError(f"{name}: is a flag only: remove it from {path}")
+    if isinstance(values.get("amp"), bool):
+        values["amp"] = "bf16" if values["amp"] else None
+    check_names(values, f"config {path}")
+    return values

@@ -1,0 +1,352 @@
+"""One network trained in a folder of its own: checkpoints, resuming, the best epoch, the test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gpn_triton.data.datasets import Splits
+from gpn_triton.data.events import EventStore
+from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
+from gpn_triton.machine import files
+from gpn_triton.machine.device import ceilings, is_out_of_memory, peak_memory_mib
+from gpn_triton.machine.distributed import World
+from gpn_triton.machine.profile import profiled
+from gpn_triton.machine.provenance import provenance
+from gpn_triton.neurons.cost import training_floor
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.training import run_folder
+from gpn_triton.training.build import build_network, network_sizes
+from gpn_triton.training.curves import draw_curves
+from gpn_triton.training.engine import Engine, NonFiniteError
+from gpn_triton.training.objective import Epoch, Means, means
+from gpn_triton.training.options import RESULT_OPTIONS, TrainConfig, difference
+from gpn_triton.training.trackers import Trackers
+
+LOG_SECONDS = 0.5
+
+
+class Interrupted(Exception):
+    """Training stopped at a signal, with everything needed to go on saved.
+
+    Args:
+        signal: its number. saved: the checkpoint's name.
+    """
+
+    def __init__(self, signal: int, saved: str):
+        super().__init__(f"interrupted: saved {saved}")
+        self.signal = signal
+
+
+class Interruption:
+    """Notes SIGTERM and Ctrl-C so that a step can be finished first; a second one stops at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Run:
+    """One network trained, chosen by validation and tested once.
+
+    Args:
+        cfg: the configuration. seed: of the weights, the order and every random draw.
+        folder: an existing folder; where it holds checkpoints, training goes on from the newest.
+        splits: the data. device: where to train. world: the processes that train together.
+    Raises:
+        ValueError: the folder's checkpoints are of another run or other data, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        seed: int,
+        folder: Path,
+        splits: Splits,
+        device: torch.device,
+        world: World,
+    ):
+        self.cfg, self.seed, self.folder, self.splits = cfg, seed, folder, splits
+        self.device, self.world = device, world
+        torch.manual_seed(seed)
+        self.model = build_network(cfg, splits).to(device)
+        self.engine = Engine(cfg, self.model, device, world)
+        self.training = self._feed("training", splits.train)
+        self.validation = self._feed("validation", splits.valid)
+        if self.engine.schedule.peak != cfg.lr:
+            peak = self.engine.schedule.peak
+            world.say(f"learning rate {peak:.3g} for batches of {cfg.batch_size}")
+        # this is where training stands; best_* are of the best epoch so far, by validation
+        self.progress: dict[str, Any] = {
+            "epoch": 0, "step": 0, "seconds": 0.0,
+            "best_accuracy": -1.0, "best_loss": 0.0, "best_epoch": 0,
+        }  # fmt: skip
+        self.epochs: list[Epoch] = []
+        self.to_profile = cfg.profile if world.is_writer else None
+        self.last_good = "none yet"
+        self.fingerprint = f"{splits.train.fingerprint()}-{splits.valid.fingerprint()}"
+        self.header = {
+            "config": {**cfg.to_dict(), "seed": seed},
+            **provenance(device),
+            "processes": world.size,
+            "class_names": splits.train.class_names,
+        }
+        # the result depends on these options
+        self.computes = {k: v for k, v in self.header["config"].items() if k in RESULT_OPTIONS}
+        self.metrics = folder / run_folder.METRICS
+        if found := run_folder.load_checkpoint(folder):
+            self._take_up(*found)
+        if world.is_writer:
+            run_folder.remove_leftovers(folder)
+            lines = [self.header, *(epoch.to_dict() for epoch in self.epochs)]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            files.write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+    def _feed(self, name: str, store: EventStore) -> Feed | StreamedFeed:
+        """A set's batches, from the device or streamed to it; says which."""
+        feed, decision = make_feed(store, self.device, self.cfg.event_mib)
+        self.world.say(f"{name} {decision}")
+        return feed
+
+    def _take_up(self, state: dict[str, Any], path: Path) -> None:
+        """Go on where a checkpoint was written."""
+        try:
+            computes, fingerprint = state["computes"], state["fingerprint"]
+            if there := difference(computes, self.computes):
+                raise ValueError(there)
+            if fingerprint != self.fingerprint:
+                raise ValueError("the data have changed since it was written")
+            self.engine.load_state_dict(state["engine"])
+            self.progress = {
+                name: type(value)(state["progress"][name]) for name, value in self.progress.items()
+            }
+        # torch raises all of these for states that are not its own
+        except (
+            ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+        ) as error:  # fmt: skip
+            reason = error if isinstance(error, ValueError) else repr(error)
+            reason = " ".join(str(reason).split())[:200]
+            raise ValueError(f"resume: {path} is not of this run: {reason}") from None
+        self.header, self.epochs = run_folder.read_metrics(
+            self.folder, self.progress["epoch"], len(self.cfg.hidden)
+        )
+        self.last_good = str(path)
+        self.world.say(f"resumed from {path}")
+
+    def _check(self) -> None:
+        """Raise NonFiniteError if a step had to be left out; waits for the device."""
+        try:
+            self.engine.check(f"epoch {self.progress['epoch'] + 1}, step {self.progress['step']}")
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error}; last good checkpoint: {self.last_good}; "
+                "--skip-nonfinite leaves such steps out"
+            ) from None
+
+    def _save(self) -> None:
+        """Write a checkpoint, if all was well until now."""
+        self._check()
+        state = {
+            "engine": self.engine.state_dict(),
+            "progress": self.progress,
+            "fingerprint": self.fingerprint,
+            "computes": self.computes,
+        }
+        at = self.progress["epoch"], self.progress["step"]
+        if self.world.is_writer:
+            run_folder.save_checkpoint(self.folder, state, *at)
+        self.world.barrier()
+        self.last_good = str(run_folder.checkpoint_path(self.folder, *at))
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last epoch, test the best one and write the run's files.
+
+        Returns:
+            The contents of result.json.
+        Raises:
+            Interrupted: after SIGTERM or Ctrl-C.
+            NonFiniteError: a loss or gradient was not finite.
+            MemoryError: a step did not fit into memory.
+        """
+        track = self.cfg.track if self.world.is_writer else ()
+        self.model.train()
+        with (
+            Interruption() as interruption,
+            Trackers(track, self.folder, self.header["config"]) as trackers,
+        ):
+            for epoch in range(self.progress["epoch"], self.cfg.epochs):
+                trained = self._train_epoch(epoch, interruption)
+                trackers.log(self._end_epoch(epoch, trained))
+        return self._finish()
+
+    def _train_epoch(self, epoch: int, interruption: Interruption) -> Means:
+        """Make the rest of an epoch's steps; the metrics of the whole of it."""
+        engine, progress, samples = self.engine, self.progress, len(self.training)
+        batch = self.cfg.batch_size
+        engine.start_epoch(self.training, self.seed, epoch, progress["step"])
+        # the last batch may be shorter
+        done = min(progress["step"] * batch, samples)
+        started, shown = time.perf_counter(), 0.0
+        bar = tqdm(
+            total=samples, initial=done, unit=" samples",
+            desc=f"epoch {epoch + 1}/{self.cfg.epochs}", leave=False,
+            disable=None if self.world.is_writer else True,
+        )  # fmt: skip
+        with self._profiled(-(-(samples - done) // batch)) as recorded, bar:
+            for first in range(done, samples, batch):
+                size = min(batch, samples - first)
+                self._step(size)
+                recorded()
+                progress["step"] += 1
+                bar.update(size)
+                due = time.perf_counter() - shown > LOG_SECONDS
+                # on a GPU reading a number waits for the device, so it is done rarely
+                if due or self.device.type == "cpu":
+                    self._check()
+                if due:
+                    bar.set_postfix_str(_describe(means(engine.totals)))
+                    shown = time.perf_counter()
+                if stop := self.world.any(interruption.signal or 0):
+                    bar.close()
+                    progress["seconds"] += time.perf_counter() - started
+                    self._save()
+                    raise Interrupted(stop, Path(self.last_good).name)
+            trained = means(self.world.sum(engine.totals))
+            progress["seconds"] += time.perf_counter() - started
+        return trained
+
+    def _profiled(self, steps: int) -> AbstractContextManager[Callable[[], None]]:
+        """A context that records steps of the first of its epochs, if that was asked for."""
+        if not self.to_profile or not steps:
+            return nullcontext(lambda: None)
+        count, self.to_profile = self.to_profile, None
+        return profiled(count, steps, self.device, self.folder)
+
+    def _step(self, size: int) -> None:
+        """Make a training step; MemoryError with what may help where memory does not suffice."""
+        try:
+            self.engine.train_step(self.training, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            at_once = -(-size // (self.cfg.accumulate * self.world.size))
+            raise MemoryError(
+                f"out of memory: a step of {at_once} samples at once did not fit {self.device}; "
+                "--accumulate K works a batch off in K parts, and --checkpoint-every K or a "
+                "smaller --batch-size need less, too"
+            ) from None
+
+    def _end_epoch(self, epoch: int, trained: Means) -> Epoch:
+        """Validate, keep the weights if they are the best, log and write a run_folder."""
+        engine, progress = self.engine, self.progress
+        valid = engine.evaluate(self.validation)
+        engine.schedule.end_epoch(epoch, trained.loss)
+        self._check()
+        line = Epoch(
+            epoch=epoch + 1,
+            train_loss=trained.loss,
+            train_accuracy=trained.accuracy,
+            valid_loss=valid.loss,
+            valid_accuracy=valid.accuracy,
+            activity=trained.activity,
+            lr=float(engine.lr),
+            seconds=progress["seconds"],
+            samples_per_second=len(self.training) / progress["seconds"],
+            skipped_steps=int(engine.bad_steps),
+        )
+        self.epochs.append(line)
+        # of equal accuracies the one with the lower loss is better
+        best = (progress["best_accuracy"], -progress["best_loss"])
+        if (valid.accuracy, -valid.loss) > best:
+            if self.world.is_writer:
+                run_folder.save_weights(self.folder / run_folder.WEIGHTS, self.model)
+            progress |= {"best_accuracy": valid.accuracy, "best_loss": valid.loss}
+            progress["best_epoch"] = epoch + 1
+        progress |= {"epoch": epoch + 1, "step": 0, "seconds": 0.0}
+        if self.world.is_writer:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line.to_dict()) + "\n")
+        self._save()
+        skipped = f"  {line.skipped_steps} steps skipped" if line.skipped_steps else ""
+        self.world.say(
+            f"epoch {epoch + 1:3d}/{self.cfg.epochs}  {_describe(trained)}  "
+            f"valid {100 * valid.accuracy:.1f} %  "
+            f"{line.samples_per_second:.0f} samples/s{skipped}"
+        )
+        return line
+
+    def _finish(self) -> dict[str, Any]:
+        """Test the best weights and write result.json and curves.png."""
+        cfg, progress, epochs = self.cfg, self.progress, self.epochs
+        run_folder.load_weights(self.folder / run_folder.WEIGHTS, self.model)
+        # the test set is read here for the first and only time
+        test = self.engine.evaluate(self._feed("test", self.splits.test))
+        # measuring the device would raise the peak
+        peak = peak_memory_mib(self.device)
+        seconds = statistics.median(line.seconds for line in epochs)
+        best = ceilings(self.device)
+        floor = training_floor(
+            NEURONS[cfg.neuron].work, cfg.hidden, *network_sizes(cfg, self.splits), cfg.time_bins,
+            -(-len(self.training) // self.world.size), cfg.amp, best,
+        )  # fmt: skip
+        result = {
+            "test_accuracy": test.accuracy,
+            "test_loss": test.loss,
+            "valid_accuracy": progress["best_accuracy"],
+            "best_epoch": progress["best_epoch"],
+            "epochs": cfg.epochs,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "activity": test.activity,
+            "samples_per_second": len(self.training) / seconds,
+            "seconds_per_epoch": seconds,
+            "floor_seconds_per_epoch": floor,
+            "fraction_of_floor": floor and floor / seconds,
+            "ceilings": dataclasses.asdict(best),
+            "seconds": sum(line.seconds for line in epochs),
+            "skipped_steps": epochs[-1].skipped_steps,
+            "peak_memory_mib": peak,
+            "seed": self.seed,
+            "processes": self.world.size,
+            "device": self.header["device"],
+            "commit": self.header["commit"],
+        }
+        if self.world.is_writer:
+            sizes = "-".join(map(str, cfg.hidden))
+            _draw(self.folder, epochs, f"{cfg.neuron} {sizes} on {self.splits.description}")
+            run_folder.write_json(self.folder / run_folder.RESULT, result)
+        self.world.barrier()
+        return result
+
+
+def _describe(means: Means) -> str:
+    rates = " ".join(f"{a:.3f}" for a in means.activity)
+    return f"loss {means.loss:.3f}  train {100 * means.accuracy:.1f} %  rate {rates}"
+
+
+def _draw(run: Path, epochs: list[Epoch], title: str) -> None:
+    try:
+        draw_curves(run / run_folder.CURVES, epochs, title)
+    except ModuleNotFoundError:
+        print("curves.png not drawn: matplotlib is missing (pip install 'gpn-triton[plot]')")

@@ -1,0 +1,268 @@
+"""A run's folder: the names of its files, how they are written and how they are read back.
+
+Every file is written whole or not at all. A run of several seeds has a folder for each inside its
+own, which holds config.json and, at the end, result.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+
+from gpn_triton.machine.files import write_atomically
+from gpn_triton.machine.profile import PROFILE, TRACE
+from gpn_triton.neurons.networks import SpikingClassifier
+from gpn_triton.training.build import build_model, input_columns
+from gpn_triton.training.objective import Epoch
+from gpn_triton.training.options import TrainConfig, check_names, completed
+
+CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+WEIGHTS, CURVES = "best.safetensors", "curves.png"
+CHECKPOINTS, KEPT_CHECKPOINTS = "checkpoint-*.pt", 2
+SEED = "seed-"
+# of the files in SHD's layout that the training command reads
+NUM_CHANNELS = 700
+
+
+def make_run_folder(cfg: TrainConfig) -> Path:
+    """A new folder under cfg.out, named after the time, the data and the neuron."""
+    data = Path(cfg.train_file or cfg.dataset).stem
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{data}-{cfg.neuron}"
+    for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
+        run = Path(cfg.out, name + suffix)
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            if not Path(cfg.out).is_dir():
+                raise ValueError(f"out: expected a folder, {cfg.out} is a file") from None
+    raise ValueError(f"out: no free name for a run in {cfg.out}")
+
+
+def seed_folders(run: str | Path, seeds: Sequence[int]) -> list[Path]:
+    """Where each seed's files lie: in the run's folder itself if there is only one."""
+    return [Path(run, f"{SEED}{seed}") for seed in seeds] if len(seeds) > 1 else [Path(run)]
+
+
+def newest_unfinished(out: str | Path) -> Path:
+    """The newest run folder under `out` without a result.json."""
+    runs = [p.parent for p in Path(out).glob(f"*/{CONFIG}")]
+    runs = [p for p in runs if not (p / RESULT).exists()]
+    if not runs:
+        raise FileNotFoundError(f"resume: no unfinished run under {out}")
+    return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove the temporary files that a process killed while writing left in a run folder."""
+    for name in (CHECKPOINTS, WEIGHTS, METRICS, RESULT, CURVES, PROFILE, TRACE):
+        for path in Path(run).glob(f".{name}.*"):
+            path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's parameters and buffers as safetensors."""
+    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    write_atomically(path, lambda file: file.write(save(tensors)))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read what save_weights wrote into a model of the same shape.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not safetensors, or of another model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: no such file: {path}")
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        # the first of several lines says only that there is an error
+        lines = str(error).strip().splitlines()
+        reason = lines[min(1, len(lines) - 1)].strip()
+        raise ValueError(f"weights: {path} does not fit this network: {reason}") from None
+
+
+def checkpoint_path(run: Path, epoch: int, step: int) -> Path:
+    """Where a run's state after so many epochs and steps lies."""
+    return Path(run, f"checkpoint-{epoch:05d}-{step:06d}.pt")
+
+
+def save_checkpoint(run: Path, state: dict[str, Any], epoch: int, step: int) -> Path:
+    """Write a run's state to its checkpoint_path and remove all but the newest two."""
+    path = checkpoint_path(run, epoch, step)
+    write_atomically(path, lambda file: torch.save(state, file))
+    for old in sorted(Path(run).glob(CHECKPOINTS))[:-KEPT_CHECKPOINTS]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(run: Path) -> tuple[dict[str, Any], Path] | None:
+    """The newest checkpoint of a run that can be read, with its path; None if there is none.
+
+    Files are loaded as data only; nothing in them is executed. A damaged newest file, down to one
+    flipped bit, is reported and the one before it used.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    paths = sorted(Path(run).glob(CHECKPOINTS), reverse=True)
+    for path in paths:
+        try:
+            _check_sums(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(state, dict):
+                return state, path
+            reason = f"expected a dict, got {type(state).__name__}"
+        # what zipfile and torch raise for a file that is cut, altered or no checkpoint at all
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"checkpoint {path} cannot be read, trying the one before: {reason}")
+    if paths:
+        raise ValueError(f"resume: none of the checkpoints in {run} can be read")
+    return None
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile unless a file's contents have their checksums, which torch.load ignores."""
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise zipfile.BadZipFile(f"{bad} does not have its checksum")
+
+
+def read_options(run: str | Path, argument: str = "run") -> dict[str, Any]:
+    """The options in a run's config.json, by name, as JSON values.
+
+    An option that the run does not know, since it is newer, has the value that it had before it
+    existed.
+
+    Args:
+        run: the folder. argument: what named it, for errors.
+    Raises:
+        FileNotFoundError: no config.json there. ValueError: no JSON object, or an option in it that
+            this program does not have.
+    """
+    path = Path(run, CONFIG)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{argument}: {run} is not a run folder: no {CONFIG}") from None
+    # a file of brackets is too deep for the parser
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: {path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{argument}: {path}: expected an object, got {type(values).__name__}")
+    check_names(values, str(path))
+    return completed(values)
+
+
+def read_metrics(run: str | Path, epochs: int, layers: int) -> tuple[dict[str, Any], list[Epoch]]:
+    """The header and the first lines of a run's metrics.jsonl.
+
+    Args:
+        run: the folder. epochs: lines to read. layers: hidden layers, each with its activity.
+    Raises:
+        ValueError: the file cannot be read, or a line lacks a number.
+    """
+    path = Path(run, METRICS)
+    try:
+        text = path.read_text(encoding="utf-8")
+        header, *lines = [json.loads(line) for line in text.splitlines()[: 1 + epochs]]
+        found = [Epoch(**line) for line in lines]
+        if [len(line.activity) for line in found] != [layers] * epochs:
+            raise ValueError(f"expected {epochs} epochs of {layers} layers")
+        return {"device": None, "commit": None} | header, found
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"resume: {path} cannot be read: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run folder read back.
+
+    config: as it was trained. model: with the best epoch's weights, float32, in evaluation mode, on
+    the CPU. class_names: as the training data named them, else the classes' numbers.
+    """
+
+    config: TrainConfig
+    model: SpikingClassifier
+    class_names: tuple[str, ...]
+
+
+def load_run(run: str | Path) -> TrainedRun:
+    """Read a run folder's configuration, best weights and class names.
+
+    Args:
+        run: a folder as the training command leaves it, or of a run of several seeds the folder of
+            one seed.
+    Returns:
+        the run; its model computes with the torch backend.
+    Raises:
+        FileNotFoundError: no config.json or no weights there.
+        ValueError: a file that cannot be read, weights that do not fit the configuration or are not
+            finite, or a run of several seeds.
+    """
+    run = Path(run)
+    weights = run / WEIGHTS
+    # a seed's options are in the folder above
+    of_seed = run.name.startswith(SEED) and not (run / CONFIG).exists()
+    values = read_options(run.parent if of_seed else run)
+    seeds = sorted(run.glob(f"{SEED}*/{WEIGHTS}"))
+    if seeds and not weights.exists():
+        raise ValueError(f"run: {run} holds {len(seeds)} seeds: name one, as {seeds[0].parent}")
+    if not weights.is_file():
+        raise FileNotFoundError(f"run: {run} has no {WEIGHTS}: no epoch was finished")
+    try:
+        with safe_open(weights, "pt") as file:
+            classes = file.get_slice("output.weight").get_shape()[0]
+    except (SafetensorError, OSError, IndexError) as error:
+        raise ValueError(f"weights: {weights} cannot be read: {error}") from None
+    # what is computed is the same with every backend
+    cfg = TrainConfig(**{**values, "backend": "torch"})
+    model = build_model(cfg, input_columns(cfg, NUM_CHANNELS), classes)
+    load_weights(weights, model)
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"weights: {weights}: {name} holds values that are not finite")
+    return TrainedRun(cfg, model.eval(), class_names(run, classes))
+
+
+def class_names(run: str | Path, classes: int) -> tuple[str, ...]:
+    """The names in the first line of metrics.jsonl; numbers where it holds none."""
+    path = Path(run, METRICS)
+    try:
+        with path.open(encoding="utf-8") as file:
+            names = json.loads(file.readline())["class_names"]
+    except (FileNotFoundError, KeyError):
+        return tuple(map(str, range(classes)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"run: {path}: no header in its first line: {error}") from None
+    if not isinstance(names, list) or len(names) != classes:
+        raise ValueError(f"run: {path}: class_names: expected {classes} names")
+    return tuple(map(str, names))

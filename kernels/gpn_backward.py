@@ -1,0 +1,357 @@
+"""GPN backward: the adjoint of gpn_forward.py, three gates in the serial part.
+
+g_v[t] = dL/dv[t], g_v[T] = dL/dv_final (zero unless given); the s that resets v is detached. With
+g_s[t] = dL/ds[t] and sg = surrogate'(h - theta), for t from T - 1 down to 0:
+
+    g_u    = g_s[t] sg                                  -> with g_z_theta, before the loop
+    g_h    = g_v[t+1] (1 - s) + g_u
+    g_z    = [ g_h v f(1-f), g_h x i(1-i), g_v[t+1] (1 - b^2), -g_u theta(1-theta) ]
+    g_v[t] = g_h f + weight_v^T g_z                     <- the only serial product
+    g_x[t] = g_h i + weight_x^T g_z
+
+    g_weight_v = sum g_z v^T    g_weight_x = sum g_z x^T    g_bias = sum g_z    g_v0 = g_v[0]
+
+g_z_theta does not depend on g_v, so its product with weight_v (rest) is taken for a chunk of time
+at once, and the loop multiplies the gates f, i, b only. For each chunk, from the last to the first:
+
+    z = weight_x x + weight_v v + bias        two products (v replayed first if not saved)
+    recurrence_gradient_kernel                g_u, and g_z_theta over z_theta
+    rest = g_z_theta weight_v[theta]          one product
+    the serial kernel                         g_z over z, g_h i
+    weight gradients, g_bias, g_x             products over all rows of the chunk
+
+Grid of the serial kernels: as forward, a program owns BLOCK_B rows (persistent) or, one launch a
+step, BLOCK_B rows of BLOCK_N neurons (stepwise; the launch of step t first takes the product that
+step t + 1 left open). Layout as forward; z and g_z [steps, B, G N] share their memory: float16 and
+bfloat16 for half x (range matters for gradients), else float32. g_v and accumulators are float32,
+sums over chunks and steps run in one fixed order.
+
+Source: arXiv 2412.01087. Twin: reference.gpn_adjoint.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpn_triton.kernels.gpn_forward import recurrence_replay
+from gpn_triton.kernels.operands import (
+    TL_DTYPES,
+    add_product,
+    cast,
+    layer_constants,
+    load_gate,
+    load_spikes,
+    load_weight_as_stored,
+    project,
+    resize,
+    resize_weights,
+    store_gate,
+    tile_constants,
+    to_operand,
+)
+from gpn_triton.kernels.pointwise import cell_gradient, has, next_v_gradient, place
+from gpn_triton.kernels.tiles import Plan, elementwise_blocks, gradient_dtype, is_half, padded
+
+
+@triton.jit(do_not_specialize=["start", "steps", "B"])
+def recurrence_gradient_kernel(
+    z_ptr, x_ptr, v_ptr, g_s_ptr, g_u_ptr, g_z_ptr,
+    start, steps, B, alpha, scale,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, SURROGATE: tl.constexpr,
+    MEAN: tl.constexpr, FAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """g_u [steps, B, N] and g_z_theta of a chunk from scale g_s, [T, B, N] or [B, N] if MEAN."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    rows = tl.arange(0, BLOCK_R)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    rows_per_step = B.to(tl.int64)
+    mask = (first + rows < steps * rows_per_step) & (n < N)
+    offs = rows * N + n  # [BLOCK_R, BLOCK_N]
+    offs_z = rows * DEPTH + n
+    whole = (start * rows_per_step + first) * N
+
+    z_row = first * DEPTH
+    z_f = load_gate(z_ptr + z_row, offs_z, mask, "f", GATES, N)
+    z_i = load_gate(z_ptr + z_row, offs_z, mask, "i", GATES, N)
+    z_theta = load_gate(z_ptr + z_row, offs_z, mask, "theta", GATES, N)
+    x = tl.load(x_ptr + whole + offs, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + first * N + offs, mask=mask, other=0.0).to(tl.float32)
+    if MEAN:
+        batch = (first + rows) % rows_per_step
+        g_s = tl.load(g_s_ptr + batch * N + n, mask=mask, other=0.0).to(tl.float32)
+    else:
+        g_s = tl.load(g_s_ptr + whole + offs, mask=mask, other=0.0).to(tl.float32)
+    g_u, g_z_theta = cell_gradient(
+        z_f, z_i, z_theta, v, x, g_s * tl.cast(scale, tl.float32), tl.cast(alpha, tl.float32),
+        GATES, SURROGATE, FAST,
+    )  # fmt: skip
+    tl.store(g_u_ptr + first * N + offs, g_u.to(g_u_ptr.dtype.element_ty), mask=mask)
+    store_gate(g_z_ptr + z_row, offs_z, g_z_theta, mask, "theta", GATES, N)
+
+
+@triton.jit
+def _step(
+    g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+    row, t, rows_per_step, first, offs, offs_z, mask,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Read one step of a tile, store its g_z and g_h i; row is the step's place in the chunk.
+
+    Returns:
+        g_v[t] without the product, and g_z_f, g_z_i, g_z_b.
+    """
+    at = (row * rows_per_step + first) * N
+    z_at = z_ptr + (row * rows_per_step + first) * DEPTH
+    z_f = load_gate(z_at, offs_z, mask, "f", GATES, N)
+    z_i = load_gate(z_at, offs_z, mask, "i", GATES, N)
+    z_b = load_gate(z_at, offs_z, mask, "b", GATES, N)
+    x = tl.load(x_ptr + (t * rows_per_step + first) * N + offs, mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    v = tl.load(v_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    g_u = tl.load(g_u_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N)
+    g_direct, g_x, g_z_f, g_z_i, g_z_b = next_v_gradient(
+        g_v, g_u, z_f, z_i, z_b, v, x, s, GATES, FAST
+    )
+    tl.store(g_x_ptr + at + offs, g_x.to(g_x_ptr.dtype.element_ty), mask=mask)
+    if has(GATES, "theta"):
+        g_direct += tl.load(rest_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    g_z_at = g_z_ptr + (row * rows_per_step + first) * DEPTH
+    store_gate(g_z_at, offs_z, g_z_f, mask, "f", GATES, N)
+    store_gate(g_z_at, offs_z, g_z_i, mask, "i", GATES, N)
+    store_gate(g_z_at, offs_z, g_z_b, mask, "b", GATES, N)
+    return g_direct, g_z_f, g_z_i, g_z_b
+
+
+@triton.jit(do_not_specialize=["start", "steps", "B"])
+def gpn_backward_persistent_kernel(
+    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
+    g_v_ptr, g_z_ptr, g_x_ptr,
+    start, steps, B,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Steps start + steps - 1 down to start; g_v [B, N] float32 is read and replaced."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (first + rows < B) & (n < N)
+    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
+    offs_z = rows * DEPTH + n
+    k = tl.arange(0, BLOCK_N)[:, None]
+    w_mask = (k < N) & (n < N)
+    w_f = load_weight_as_stored(weight_v_ptr, k, n, w_mask, "f", GATES, N)
+    w_i = load_weight_as_stored(weight_v_ptr, k, n, w_mask, "i", GATES, N)
+    w_b = load_weight_as_stored(weight_v_ptr, k, n, w_mask, "b", GATES, N)
+
+    rows_per_step = B.to(tl.int64)
+    g_v = tl.load(g_v_ptr + first * N + offs, mask=mask, other=0.0)
+    for back in tl.range(0, steps, num_stages=STAGES):
+        row = steps - 1 - back
+        g_v, g_z_f, g_z_i, g_z_b = _step(
+            g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+            row, start + row, rows_per_step, first, offs, offs_z, mask,
+            N, GATES, DEPTH, FAST,
+        )  # fmt: skip
+        # three sums side by side, not one chain three times as long
+        none = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+        g_i = add_product(none, to_operand(g_z_i, OPERAND), w_i, "i", GATES, PRECISION)
+        g_b = add_product(none, to_operand(g_z_b, OPERAND), w_b, "b", GATES, PRECISION)
+        g_v = add_product(g_v, to_operand(g_z_f, OPERAND), w_f, "f", GATES, PRECISION)
+        g_v += g_i + g_b
+    tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
+
+
+@triton.jit
+def _load_open(
+    g_z_ptr, rows, k, mask, gate: tl.constexpr,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Columns k of the gate's g_z, as a product's operand; nothing if absent."""
+    if has(GATES, gate):
+        offs = rows * DEPTH + place(GATES, gate) * N + k
+        return tl.load(g_z_ptr + offs, mask=mask, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit(do_not_specialize=["row", "start", "B"])
+def gpn_backward_stepwise_kernel(
+    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
+    g_v_ptr, g_z_ptr, g_x_ptr,
+    row, start, B,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
+    PRODUCT: tl.constexpr, CELL: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """PRODUCT closes g_v of step row + 1, CELL then takes step row and leaves its product open.
+
+    g_v [B, N] float32 is g_v[t] between chunks, and g_v[t] without the product while open.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row_mask = first + rows < B
+    mask = row_mask & (n < N)
+    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
+    offs_z = rows * DEPTH + n
+    rows_per_step = B.to(tl.int64)
+
+    g_v = tl.load(g_v_ptr + first * N + offs, mask=mask, other=0.0)
+    if PRODUCT:
+        open_z = g_z_ptr + ((row + 1) * rows_per_step + first) * DEPTH
+        # three sums side by side, not one chain three times as long
+        g_f = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+        g_i = g_f
+        g_b = g_f
+        for k0 in tl.range(0, N, BLOCK_K, num_stages=STAGES):
+            k = k0 + tl.arange(0, BLOCK_K)
+            z_mask = row_mask & (k[None, :] < N)
+            w_mask = (k[:, None] < N) & (n < N)
+            g_z_f = _load_open(open_z, rows, k[None, :], z_mask, "f", N, GATES, DEPTH)
+            g_z_i = _load_open(open_z, rows, k[None, :], z_mask, "i", N, GATES, DEPTH)
+            g_z_b = _load_open(open_z, rows, k[None, :], z_mask, "b", N, GATES, DEPTH)
+            w_f = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "f", GATES, N)
+            w_i = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "i", GATES, N)
+            w_b = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "b", GATES, N)
+            g_f = add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
+            g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
+            g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
+        g_v += g_f + g_i + g_b
+    if CELL:
+        g_v, _, _, _ = _step(
+            g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+            row, start + row, rows_per_step, first, offs, offs_z, mask,
+            N, GATES, DEPTH, FAST,
+        )  # fmt: skip
+    tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b as float32, also for half operands, whose products cuBLAS would round to their dtype."""
+    if a.is_cuda and is_half(a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def gpn_backward(
+    g_out: Tensor | None,
+    g_v_final: Tensor | None,
+    x: Tensor,
+    weight_x: Tensor | None,
+    weight_v: Tensor | None,
+    bias: Tensor | None,
+    v_reset: Tensor,
+    bits: Tensor,
+    v_saved: Tensor,
+    gates: tuple[str, ...],
+    surrogate: str,
+    alpha: float,
+    every: int,
+    mean: bool,
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Backpropagate with the kernels; arguments and results as recurrence_torch.gpn_backward.
+
+    Args:
+        g_out: gradient of the spikes, or of their mean. surrogate, alpha: see surrogate.SURROGATES.
+        The rest as gpn_forward had and returned them; the weights and v_reset are float32.
+    """
+    T, B, N = x.shape
+    if (P := padded(N, x.dtype)) != N:
+        g_x, *g_weights, g_v = gpn_backward(
+            *(resize(a, P) for a in (g_out, g_v_final, x)),
+            *(resize_weights(w, N, P) for w in (weight_x, weight_v, bias)),
+            *(resize(a, P) for a in (v_reset, bits, v_saved)),
+            gates, surrogate, alpha, every, mean, plan,
+        )  # fmt: skip
+        g_weights = (resize_weights(g, P, N) for g in g_weights)
+        return resize(g_x, N), *g_weights, resize(g_v, N)
+    G = len(gates)
+    x, v_reset, bits = x.contiguous(), v_reset.contiguous(), bits.contiguous()
+    operand, gradient = v_saved.dtype, gradient_dtype(x.dtype)
+    # forward's operands make z again; what multiplies g_z has its dtype
+    weight_x_z, weight_v_z, bias_z = (cast(w, operand) for w in (weight_x, weight_v, bias))
+    weight_x_g, weight_v_g = cast(weight_x, gradient), cast(weight_v, gradient)
+    g_weight_x, g_weight_v, g_bias = (
+        None if w is None else torch.zeros_like(w, memory_format=torch.contiguous_format)
+        for w in (weight_x, weight_v, bias)
+    )
+    if g_out is None:
+        # the mean's cotangent is the small one: [B, N] of zeros serves either output
+        g_out, g_per_step = torch.zeros_like(v_reset), True
+    else:
+        g_out, g_per_step = g_out.contiguous(), mean
+    if g_v_final is None:
+        g_v = torch.zeros_like(v_reset)
+    else:
+        g_v = g_v_final.to(torch.float32).clone(memory_format=torch.contiguous_format)
+    g_x = torch.empty_like(x)
+    constants = layer_constants(N, x.dtype, gates)
+    serial = sum(gate != "theta" for gate in gates) * N
+    blocks = elementwise_blocks(N)
+    run = _persistent if plan.strategy == "persistent" else _stepwise
+
+    for start in reversed(range(0, T, plan.backward_steps)):
+        stop = min(T, start + plan.backward_steps)
+        steps = stop - start
+        # without gates z is never read, and x stands in for the pointer
+        z = project(x[start:stop], weight_x_z, bias_z)
+        if every == 1:
+            v = v_saved[start:stop]
+        else:
+            v = recurrence_replay(
+                v_saved, x, bits, z, weight_v_z, v_reset, gates, start, stop, every, plan
+            )
+        g_u = x.new_empty(steps, B, N, dtype=gradient)
+        g_x_direct = torch.empty_like(g_u)
+        g_z, rest = g_u, g_u
+        if G:
+            z.view(steps * B, -1).addmm_(v.view(steps * B, N), weight_v_z.t())
+            g_z = z.view(gradient)
+        grid = (triton.cdiv(steps * B, blocks["BLOCK_R"]), triton.cdiv(N, blocks["BLOCK_N"]))
+        recurrence_gradient_kernel[grid](
+            z, x, v, g_out, g_u, g_z,
+            start, steps, B, alpha, 1 / T if mean else 1.0,
+            SURROGATE=surrogate, MEAN=g_per_step, **blocks, **constants,
+        )  # fmt: skip
+        g_z_rows = g_z.view(steps * B, -1)
+        if "theta" in gates:
+            rest = g_z_rows[:, serial:] @ weight_v_g[serial:]
+        run(
+            (z, x, bits, v, g_u, rest, weight_v_g, g_v, g_z, g_x_direct),
+            start, steps, B, plan, constants,
+        )  # fmt: skip
+        g_x_rows = g_x_direct.view(steps * B, N)
+        if G:
+            g_weight_v += _float32_product(g_z_rows.t(), cast(v, gradient).view(steps * B, N))
+            x_rows = cast(x[start:stop], gradient).view(steps * B, N)
+            g_weight_x += _float32_product(g_z_rows.t(), x_rows)
+            g_bias += g_z_rows.sum(0, dtype=torch.float32)
+            g_x_rows.addmm_(g_z_rows, weight_x_g)
+        g_x[start:stop] = g_x_direct
+    return g_x, g_weight_x, g_weight_v, g_bias, g_v
+
+
+def _persistent(tensors: tuple, start: int, steps: int, B: int, plan: Plan, constants: dict):
+    grid, tile = tile_constants(plan.backward, B, constants["N"])
+    _, g_z, _ = tensors[-3:]
+    gpn_backward_persistent_kernel[grid](
+        *tensors, start, steps, B,
+        OPERAND=TL_DTYPES[g_z.dtype], PRECISION=plan.precision, **tile, **constants,
+    )  # fmt: skip
+
+
+def _stepwise(tensors: tuple, start: int, steps: int, B: int, plan: Plan, constants: dict):
+    grid, tile = tile_constants(plan.backward, B, constants["N"])
+    # the last launch has no step of its own: it closes g_v at the chunk's first step
+    for row in range(steps - 1, -2, -1):
+        gpn_backward_stepwise_kernel[grid](
+            *tensors, row, start, B, PRODUCT=row < steps - 1, CELL=row >= 0,
+            BLOCK_K=plan.backward.BLOCK_K, PRECISION=plan.precision, **tile, **constants,
+        )  # fmt: skip
