@@ -83,37 +83,28 @@ def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, ev
 
 
 @pytest.mark.parametrize(
-    "T, B, N, options",
+    "strategy, T, B, N, options",
     [
-        (1, 1, 1, {}),
-        (7, 13, 37, {"forward_steps": 3, "backward_steps": 2}),
-        (2, 33, 160, {"hoist": False}),
-        (7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6}),
-        (2, 1, 128, {"every": 2}),
-        (5, 1, 64, {"mean": True, "every": 5}),
-        (2, 13, 100, {}),
+        ("stepwise", 1, 1, 1, {}),
+        ("stepwise", 7, 13, 37, {"forward_steps": 3, "backward_steps": 2}),
+        ("stepwise", 2, 33, 160, {"hoist": False}),
+        ("stepwise", 7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6}),
+        ("stepwise", 2, 1, 128, {"every": 2}),
+        ("stepwise", 5, 1, 64, {"mean": True, "every": 5}),
+        ("stepwise", 2, 13, 100, {}),
+        ("persistent", 1, 1, 1, {}),
+        ("persistent", 9, 33, 64, {"backward_steps": 4}),
+        ("persistent", 36, 5, 16, {"forward_steps": 32, "backward_steps": 7}),
+        ("persistent", 7, 13, 37, {"every": 3, "backward_steps": 6}),
+        ("persistent", 7, 40, 100, {"mean": True, "every": 3}),
+        ("persistent", 5, 13, 16, {"mean": True, "every": 5}),
+        ("persistent", 2, 1, 128, {}),
+        ("persistent", 40, 1, 16, {"mean": True, "forward_steps": 32, "backward_steps": 8}),
+        ("persistent", 7, 33, 160, {"variant": "no-fitb", "every": 3}),
     ],
 )
-def test_stepwise_equals_the_specification(T, B, N, options):
-    check("stepwise", T, B, N, **options)
-
-
-@pytest.mark.parametrize(
-    "T, B, N, options",
-    [
-        (1, 1, 1, {}),
-        (9, 33, 64, {"backward_steps": 4}),
-        (36, 5, 16, {"forward_steps": 32, "backward_steps": 7}),
-        (7, 13, 37, {"every": 3, "backward_steps": 6}),
-        (7, 40, 100, {"mean": True, "every": 3}),
-        (5, 13, 16, {"mean": True, "every": 5}),
-        (2, 1, 128, {}),
-        (40, 1, 16, {"mean": True, "forward_steps": 32, "backward_steps": 8}),
-        (7, 33, 160, {"variant": "no-fitb", "every": 3}),
-    ],
-)
-def test_persistent_equals_the_specification(T, B, N, options):
-    check("persistent", T, B, N, **options)
+def test_both_strategies_equal_the_specification(strategy, T, B, N, options):
+    check(strategy, T, B, N, **options)
 
 
 @pytest.mark.parametrize("strategy", ["stepwise", "persistent"])

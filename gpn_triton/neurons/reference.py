@@ -127,7 +127,7 @@ def gpn_adjoint(
         h = f * v[t] + i * x[t]
         g_u = g_s[t] * SURROGATES[surrogate].derivative(h - theta, alpha)
         g_h = g_v * (1 - spikes[t]) + g_u
-        of = {
+        g_gates = {
             "f": g_h * (v[t] - x[t] if "i" not in names else v[t]) * f * (1 - f),
             "i": g_h * x[t] * i * (1 - i),
             "b": g_v * (1 - b * b),
@@ -135,7 +135,7 @@ def gpn_adjoint(
         }
         g_v, g_x[t] = g_h * f, g_h * i
         if names:
-            g_z = torch.cat([of[name] for name in names], -1)
+            g_z = torch.cat([g_gates[name] for name in names], -1)
             g_v = g_v + g_z @ weight_v
             g_x[t] += g_z @ weight_x
             g_weight_x += g_z.t() @ x[t]
