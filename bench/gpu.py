@@ -59,9 +59,13 @@ PARTS = {
     "tests-large": Part(60, GPU_TESTS, "2_to_the_31"),
     "steps": Part(
         110, ("bench/bench_recurrence.py",),
-        "(persistent or stepwise or lstm) and not flashrnn", "bfloat16 and not T1000",
+        "(persistent or stepwise or lstm) and not flashrnn and not lstm-bfloat16",
+        "bfloat16 and not T1000",
     ),
-    "epochs": Part(110, ("bench/bench_epoch.py",), cases="bfloat16"),
+    "epochs": Part(
+        110, ("bench/bench_epoch.py",), "not every",
+        "bfloat16 and not ((loop or lstm or no-graph) and ssc-T)",
+    ),
     "tuning": Part(60, ("bench/bench_tuning.py",)),
     "plain": Part(
         60, ("bench/bench_recurrence.py",), "backward and (stepwise or loop or authors or hoisted)",
