@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from gpn_triton.neurons import cost, explain
-from gpn_triton.neurons import gpn as ops
+from gpn_triton.neurons import cost
+from gpn_triton.neurons.explain import explain
 from gpn_triton.neurons.networks import NEURONS
 
 pytest.importorskip("triton")
@@ -16,9 +16,7 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("name", ["gpn", "gpn-no-i", "gpn-no-fitb"])
 def test_work_and_traffic_are_what_cost_counts(name, dtype):
     T, B, N = 100, 24, 96
-    found = ops.explain(
-        T, B, N, dtype, variant=name.removeprefix("gpn-") if "-" in name else "full"
-    )
+    found = explain(T, B, N, dtype, variant=name.removeprefix("gpn-") if "-" in name else "full")
     forward, both = (
         cost.layer(NEURONS[name].work, N, None, backward, False, dtype.itemsize) * (T * B)
         for backward in (False, True)
@@ -29,17 +27,17 @@ def test_work_and_traffic_are_what_cost_counts(name, dtype):
 
 
 def test_strategy_reason_and_memory_are_named():
-    small, large = ops.explain(100, 256, 128, torch.bfloat16), ops.explain(50, 256, 512)
+    small, large = explain(100, 256, 128, torch.bfloat16), explain(50, 256, 512)
     assert small.plan.strategy == "persistent" and large.plan.strategy == "stepwise"
     assert not small.plan.measured and "unmeasured" in str(small)
     # x and v in two bytes, spikes in 4 words of 32 steps
     assert small.saved_mib == pytest.approx((2 * 100 * 2 + 4 * 4) * 256 * 128 / 2**20)
-    tenth = ops.explain(100, 256, 128, torch.bfloat16, checkpoint_every=10)
+    tenth = explain(100, 256, 128, torch.bfloat16, checkpoint_every=10)
     assert tenth.saved_mib == pytest.approx((2 * 110 + 4 * 4) * 256 * 128 / 2**20)
 
 
 def test_without_a_gpu_it_says_first_that_it_describes_another():
-    found = ops.explain(10, 4, 16)
+    found = explain(10, 4, 16)
     assert found.here == torch.cuda.is_available()
     elsewhere = str(dataclasses.replace(found, here=False))
     assert elsewhere.startswith("there is no GPU here")

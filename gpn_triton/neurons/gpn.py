@@ -13,11 +13,10 @@ from gpn_triton.kernels.tiles import WORD
 from gpn_triton.machine import device
 from gpn_triton.machine.device import choose_backend
 from gpn_triton.neurons import recurrence_torch
-from gpn_triton.neurons.explain import explain
 from gpn_triton.neurons.gpn_options import GPNOptions
 from gpn_triton.neurons.reference import GATES
 
-__all__ = ["GPNOptions", "explain", "gpn", "gpn_packed"]
+__all__ = ["GPNOptions", "gpn", "gpn_packed"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
