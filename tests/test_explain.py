@@ -57,4 +57,4 @@ def test_without_a_gpu_it_says_first_that_it_describes_another():
 )
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        explain.explain(1, 1, 1, **change)
+        explain(1, 1, 1, **change)
