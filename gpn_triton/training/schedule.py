@@ -65,6 +65,10 @@ class Schedule:
         return {"factor": self._shape.param_groups[0]["lr"], "shape": self._schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict returned."""
-        self._shape.param_groups[0]["lr"] = state["factor"]
+        """Take up what state_dict returned; KeyError, TypeError: it is of another schedule."""
+        for name, value in self._schedule.state_dict().items():
+            # torch would take anything
+            if type(state["shape"][name]) is not type(value):
+                raise TypeError(f"{name}: expected {value!r} or such, got {state['shape'][name]!r}")
+        self._shape.param_groups[0]["lr"] = float(state["factor"])
         self._schedule.load_state_dict(state["shape"])
