@@ -7,6 +7,9 @@ adapters for layers of other libraries. All take x [T, B, C] and return what the
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,8 +54,20 @@ def authors_loop(
     return torch.stack(spikes)
 
 
+def hoisted_step(
+    z: Tensor, x: Tensor, v: Tensor, v_reset: Tensor, weight_v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gpn_step from weight_x x + bias, z [B, 4 N]."""
+    return gpn_step(torch.addmm(z, v, weight_v.t()), x, v, v_reset)
+
+
 def hoisted_loop(
-    current: Tensor, weight_x: Tensor, weight_v: Tensor, bias: Tensor, v_reset: Tensor
+    current: Tensor,
+    weight_x: Tensor,
+    weight_v: Tensor,
+    bias: Tensor,
+    v_reset: Tensor,
+    step: Callable[..., tuple[Tensor, Tensor]] = hoisted_step,
 ) -> Tensor:
     """GPN with weight_x x for all steps in one product before the loop.
 
@@ -60,32 +75,18 @@ def hoisted_loop(
     """
     v, spikes = v_reset, []
     for x, z in zip(current.unbind(0), F.linear(current, weight_x, bias).unbind(0), strict=True):
-        s, v = gpn_step(torch.addmm(z, v, weight_v.t()), x, v, v_reset)
+        s, v = step(z, x, v, v_reset, weight_v)
         spikes.append(s)
     return torch.stack(spikes)
 
 
-def compiled_loop():
+def compiled_loop() -> Callable[..., Tensor]:
     """hoisted_loop with torch.compile of its step; compiles at the first call.
 
     The whole loop unrolled takes minutes to compile at T = 100 and as long again for every other T.
     """
-
-    def step(z, x, v, v_reset, weight_v):
-        return gpn_step(torch.addmm(z, v, weight_v.t()), x, v, v_reset)
-
     torch._dynamo.reset()
-    compiled = torch.compile(step, dynamic=False)
-
-    def loop(current, weight_x, weight_v, bias, v_reset):
-        v, spikes = v_reset, []
-        z = F.linear(current, weight_x, bias).unbind(0)
-        for x_t, z_t in zip(current.unbind(0), z, strict=True):
-            s, v = compiled(z_t, x_t, v, v_reset, weight_v)
-            spikes.append(s)
-        return torch.stack(spikes)
-
-    return loop
+    return functools.partial(hoisted_loop, step=torch.compile(hoisted_step, dynamic=False))
 
 
 class LoopGPN(nn.Module):

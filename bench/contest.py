@@ -67,12 +67,12 @@ class Contest:
                 self._seen[name] = self._try(entry)
                 self._entries[name] = entry
             except Exception as error:
-                # the traceback holds the subject's tensors
-                error = error.with_traceback(None)
                 # a competitor that breaks is left out and named; ours breaking is a failure
                 known = isinstance(error, (Unavailable, Wrong, torch.OutOfMemoryError))
                 if not known and not name.startswith("gpn"):
                     error = Unavailable(f"{type(error).__name__}: {error}")
+                # a traceback holds the subject's tensors; a failure of ours needs it all the same
+                error = error.with_traceback(None) if known else error
                 self.failed[name] = error
                 entry = None
                 gc.collect()

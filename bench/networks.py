@@ -109,64 +109,49 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
     return Engine(cfg, model.to(device).train(), device)
 
 
-class Training:
-    """A network in training on made-up events, by the engine of the training command.
-
-    Args:
-        case: sizes. subject: one of SUBJECTS. feed: the samples. device: where it trains.
-    Attributes:
-        work: of one sample, forward and backward.
-    Raises:
-        Unavailable: the subject cannot take part here.
-    """
-
-    def __init__(self, case: Case, subject: str, feed: Feed, device: torch.device):
-        self.case, self.feed, self.device = case, feed, device
-        self.engine = engine(case, subject, device)
-        self.engine.start_epoch(feed, 0, 0)
-        draw = torch.Generator(device).manual_seed(0)
-        self.order = torch.randperm(len(feed), generator=draw, device=device)
-        kind, element = self.engine.cfg.neuron, DTYPES[case.dtype].itemsize
-        work = NEURONS[kind].work
-        count = cost.network(work, case.hidden, case.inputs, case.classes, True, element)
-        self.work = count * case.T
-
-    def run(self, steps: int) -> None:
-        """So many training steps, each on the next samples of a random order."""
-        self.feed.start(self.order, 0, self.case.B)
-        for _ in range(steps):
-            self.engine.train_step(self.feed, self.case.B)
-
-
 def steps(
     case: Case, device: torch.device, batches: int, samples: int | None = None
 ) -> Callable[[str], Entry]:
     """A function that prepares a subject by name: so many training steps a call.
 
     Args:
-        case: sizes. batches: steps of one call. samples: of the set that they draw from; default:
+        case: sizes. batches: steps of one call. samples: of the set from which they draw; default:
             as many as one call takes.
     """
+    size = samples or case.B * batches
 
     @functools.cache
-    def feed() -> Feed:
-        store = event_store(samples or case.B * batches, case.inputs, case.classes)
-        return Feed(DeviceEvents(store, device))
+    def data() -> tuple[Feed, Tensor]:
+        """The set on the device, and an order of it."""
+        store = event_store(size, case.inputs, case.classes)
+        draw = torch.Generator(device).manual_seed(0)
+        order = torch.randperm(size, generator=draw, device=device)
+        return Feed(DeviceEvents(store, device)), order
 
     def prepare(subject: str) -> Entry:
-        training = Training(case, subject, feed(), device)
-        call = functools.partial(training.run, batches)
+        trainer = engine(case, subject, device)
+        feed, order = data()
+        trainer.start_epoch(feed, 0, 0)
+
+        def run(count: int) -> None:
+            feed.start(order, 0, case.B)
+            for _ in range(count):
+                trainer.train_step(feed, case.B)
 
         def checked() -> dict[str, Any]:
-            seen = check(training.engine, case, device)
-            training.run(1)
-            if training.engine.graphs.enabled:
+            seen = check(trainer, case, device)
+            run(1)
+            if trainer.graphs.enabled:
                 # the other runs as it is, and the capture: a replay allocates nothing
-                rest = functools.partial(training.run, WARM_RUNS)
+                rest = functools.partial(run, WARM_RUNS)
                 seen["peak_bytes"] = peak_bytes(rest, device)
             return seen
 
-        return Entry(call, checked, training.work * (case.B * batches))
+        kind, element = trainer.cfg.neuron, DTYPES[case.dtype].itemsize
+        work = NEURONS[kind].work
+        count = cost.network(work, case.hidden, case.inputs, case.classes, True, element)
+        call = functools.partial(run, batches)
+        return Entry(call, checked, count * (case.T * case.B * batches))
 
     return prepare
 
@@ -203,7 +188,7 @@ def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
         hook.remove()
     try:
         for module, record in seen.items():
-            _check_layer(module, kind, record, rows, TOLERANCE[DTYPES[case.dtype]])
+            _check_layer(module, trainer.cfg, record, rows, TOLERANCE[DTYPES[case.dtype]])
     finally:
         model.zero_grad(set_to_none=True)
         model.train()
@@ -214,7 +199,7 @@ def check(trainer: Engine, case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _check_layer(
-    module: nn.Module, kind: str, record: dict, rows: Tensor, tolerance: tuple[float, float]
+    module: nn.Module, cfg: TrainConfig, record: dict, rows: Tensor, tolerance: tuple[float, float]
 ) -> None:
     """Compare one layer's output (spikes, or their mean) and gradients with float64."""
     looped = isinstance(module, LoopGPN)
@@ -223,13 +208,13 @@ def _check_layer(
     if out.ndim == 2:
         weights = [parameters[name] for name in GATE_WEIGHTS]
         with torch.no_grad():
-            spikes = module.spikes(x) if looped else gpn(x, *weights)[0]
+            spikes = module.spikes(x) if looped else gpn(x, *weights, backend=cfg.backend)[0]
         compare("the mean of the spikes", out, spikes.double().mean(0), 1e-3)
         out, cotangent = spikes, (cotangent / len(x)).expand(len(x), -1, -1)
     got = out[:, rows].cpu().double()
     leaves = double_leaves({"x": x, **parameters}, rows)
     no_reset = torch.zeros_like(got[0])
-    expected = expect(kind, leaves["x"], leaves, got, tolerance, no_reset, module)
+    expected = expect(cfg.neuron, leaves["x"], leaves, got, tolerance, no_reset, module)
     if expected.requires_grad:
         expected.backward(cotangent[:, rows].cpu().double())
         gradients = {name: p.grad for name, p in parameters.items()}
