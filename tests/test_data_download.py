@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -305,10 +306,8 @@ def test_a_failed_unpacking_leaves_no_half_file_and_the_archive(tmp_path, serve,
 
 def test_processes_that_come_together_fetch_once(tmp_path, serve):
     host = serve(good)
-    threads = [threading.Thread(target=fetch_shd, args=(tmp_path, host)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(fetch_shd, tmp_path, host) for _ in range(4)]
+    assert all(files.result() == found[0].result() for files in found)
     assert sorted(path for path, _ in host.requests) == ["/shd_test.h5.zip", "/shd_train.h5.zip"]
     assert sorted(os.listdir(tmp_path)) == ["shd_test.h5", "shd_train.h5"]

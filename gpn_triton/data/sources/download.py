@@ -76,30 +76,23 @@ def fetch(
         raise ValueError(f"dataset: expected one of {', '.join(PARTS)}, got {name!r}")
     folder = Path(data_dir)
     files = {part: folder / f"{name}_{part}.h5" for part in PARTS[name]}
-    for path in files.values():
-        archive = path.with_name(path.name + ".zip")
-        if not path.exists() and archive.exists():
-            found = _md5(archive)
-            if found == md5[path.stem]:
-                _unpack(archive, path)
-            else:
-                expected = md5[path.stem]
-                warnings.warn(f"{archive}: ignored, md5 {found}, expected {expected}", stacklevel=2)
-    missing = [path for path in files.values() if not path.exists()]
-    if missing and not download:
-        raise FileNotFoundError(
-            f"{', '.join(path.name for path in missing)} not found in {folder.resolve()}: add "
-            f"--download, or put the files or their .zip from {' or '.join(hosts)} there"
-        )
-    for path in missing:
+    if download:
         folder.mkdir(parents=True, exist_ok=True)
-        # the processes of one distributed run come here together
-        with _locked(folder):
-            if not path.exists():
-                archive = path.with_name(path.name + ".zip")
-                _download(archive, [host + archive.name for host in hosts], md5[path.stem], timeout)
-                _unpack(archive, path)
-                archive.unlink()
+    # the processes of one distributed run come here together: one fetches, the others wait
+    with _locked(folder) if folder.is_dir() else contextlib.nullcontext():
+        for path in files.values():
+            _unpack_if_there(path, md5[path.stem])
+        missing = [path for path in files.values() if not path.exists()]
+        if missing and not download:
+            raise FileNotFoundError(
+                f"{', '.join(path.name for path in missing)} not found in {folder.resolve()}: add "
+                f"--download, or put the files or their .zip from {' or '.join(hosts)} there"
+            )
+        for path in missing:
+            archive = path.with_name(path.name + ".zip")
+            _download(archive, [host + archive.name for host in hosts], md5[path.stem], timeout)
+            _unpack(archive, path)
+            archive.unlink()
     return files
 
 
@@ -160,6 +153,18 @@ def _receive(address: str, part: Path, have: int, timeout: float) -> None:
                 bar.update(file.write(block))
     if total is not None and _size(part) < total:
         raise ConnectionError(f"cut off after {_size(part)} of {total} bytes")
+
+
+def _unpack_if_there(path: Path, md5: str) -> None:
+    """Unpack an archive that somebody put beside the place of its missing contents."""
+    archive = path.with_name(path.name + ".zip")
+    if path.exists() or not archive.exists():
+        return
+    found = _md5(archive)
+    if found == md5:
+        _unpack(archive, path)
+    else:
+        warnings.warn(f"{archive}: ignored, md5 {found}, expected {md5}", stacklevel=3)
 
 
 def _unpack(archive: Path, path: Path) -> None:
