@@ -66,3 +66,21 @@ def train(net, make_feed=resident, epochs=EPOCHS):
 def streamed(events, device=CPU):
     """A feed of about two batches a shard."""
     return StreamedFeed(events, device, 2 * (2 * BATCH * 20 * 6 + 30 * SAMPLES) / 2**20)
+
+
+def draws(net, seed, runs):
+    """What an engine's graphs draw for a batch, a row a run."""
+    kept = [torch.zeros(BATCH, N, device=net.device) for N in (9, 6, 9, 6)]
+
+    def work():
+        drawn = net.model.draw(BATCH)
+        tensors = [d.v_reset for d in drawn] + [d.mask for d in drawn]
+        for to, t in zip(kept, tensors, strict=True):
+            to.copy_(t)
+
+    torch.manual_seed(seed)
+    found = []
+    for _ in range(runs):
+        net.graphs.run("draw", work)
+        found.append(torch.cat([t.flatten() for t in kept]))
+    return torch.stack(found)

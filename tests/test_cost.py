@@ -28,50 +28,46 @@ def test_counts_of_the_paper_s_networks_are_the_design_s():
         assert count.serial_flops / 1e6 / rest == pytest.approx(share, abs=2e-3)
 
 
-def test_floors_of_an_epoch_on_an_H200_are_the_design_s():
-    shd = cost.network(GPN, SHD[0], 700, SHD[1], True) * (8156 * 100)
-    assert cost.floor_seconds(shd, H200) == pytest.approx(2.5e-3, rel=0.06)
+def test_floors_are_the_design_s_and_the_slower_of_arithmetic_and_traffic():
+    def floor(sizes, T, samples, amp="bf16"):
+        return cost.training_floor(GPN, sizes[0], 700, sizes[1], T, samples, amp, H200)
+
+    assert floor(SHD, 100, 8156) == pytest.approx(2.5e-3, rel=0.06)
     for T, expected in ((50, 0.104), (100, 0.207), (250, 0.519)):
-        ssc = cost.network(GPN, SSC[0], 700, SSC[1], True) * (75466 * T)
-        assert cost.floor_seconds(ssc, H200) == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize("kind", ["gpn", "lstm", "gru", "lif"])
-def test_counts_add_up_over_layers_and_scale_with_samples(kind):
-    kind = NEURONS[kind].work
-    two = cost.network(kind, [32, 16], 70, 5, True)
-    parts = (
-        cost.layer(kind, 32, 70, True, False)
-        + cost.layer(kind, 16, 32, True, True)
-        + cost.linear(16, 5, True, True, element=0)
-    )
-    assert two == parts
-    assert (two * 3).bytes == 3 * two.bytes and two.serial_flops <= two.flops
-
-
-def test_every_neuron_is_counted_but_the_two_that_have_no_floor():
+        assert floor(SSC, T, 75466) == pytest.approx(expected, rel=0.01)
+    assert floor(SSC, 50, 6) == pytest.approx(2 * floor(SSC, 50, 3))
+    assert floor(SSC, 50, 3, "fp16") == floor(SSC, 50, 3) < floor(SSC, 50, 3, None)
+    work = cost.Count(flops=6.0, bytes=10.0)
+    assert cost.floor_seconds(work, machine.Ceilings(2.0, 5.0, "")) == 3.0
+    assert cost.floor_seconds(work, machine.Ceilings(3.0, 2.0, "")) == 5.0
+    # the two that are not counted have none
     assert set(COUNTED) == set(NEURONS) - {"cuba-lif", "cnn"}
     for name, row in NEURONS.items():
-        floor = cost.training_floor(row.work, [8], 12, 3, 5, 7, None, H200)
-        assert (floor is None) == (name not in COUNTED), name
+        none = cost.training_floor(row.work, [8], 12, 3, 5, 7, None, H200) is None
+        assert none == (name not in COUNTED), name
 
 
 @pytest.mark.parametrize("neuron", COUNTED)
 def test_products_are_those_of_the_weights_a_network_has(neuron):
-    C, classes = 12, 3
+    C, classes, work = 12, 3, NEURONS[neuron].work
     cfg = TrainConfig(hidden=(8, 4), neuron=neuron)
     model = build_model(cfg, C, classes)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    work = NEURONS[neuron].work
-    forward = cost.network(work, cfg.hidden, C, classes, False)
+    forward, both = (cost.network(work, cfg.hidden, C, classes, b) for b in (False, True))
     # every weight multiplies once a step
     assert forward.flops == 2 * matrices
     # and twice more backward; the network's input gets no gradient, and GPN takes its z again
     linear = getattr(model.inputs[0], "weight", None)
     first = model.neurons[0].weight_ih_l0 if linear is None else linear
     again = sum(p.numel() for name, p in model.named_parameters() if name.endswith("weight_v"))
-    both = cost.network(work, cfg.hidden, C, classes, True)
     assert both.flops == 2 * (3 * matrices - first.numel() + again)
+    # a network is its layers
+    assert both == (
+        cost.layer(work, 8, C, True, False)
+        + cost.layer(work, 4, 8, True, True)
+        + cost.linear(4, classes, True, True, element=0)
+    )
+    assert (both * 3).bytes == 3 * both.bytes and both.serial_flops <= both.flops
 
 
 def test_variants_move_less_the_fewer_gates_they_have():
@@ -81,21 +77,6 @@ def test_variants_move_less_the_fewer_gates_they_have():
     # and gradient, writes g_x, which the input Linear reads; a spike held for backward is one bit
     assert moved[0] == 2 * 16 * 9
     assert moved[4] == 2 * 16 * (14 + 7 * 4)
-
-
-def test_training_floor_is_the_design_s_for_an_epoch_and_grows_with_samples():
-    def floor(samples, amp):
-        return cost.training_floor(GPN, SSC[0], 700, SSC[1], 50, samples, amp, H200)
-
-    assert floor(75466, "bf16") == pytest.approx(0.104, rel=0.01)
-    assert floor(2 * 75466, "bf16") == pytest.approx(2 * floor(75466, "bf16"))
-    assert floor(75466, "fp16") == floor(75466, "bf16") < floor(75466, None)
-
-
-def test_floor_is_the_slower_of_arithmetic_and_traffic():
-    work = cost.Count(flops=6.0, bytes=10.0)
-    assert cost.floor_seconds(work, machine.Ceilings(2.0, 5.0, "")) == 3.0
-    assert cost.floor_seconds(work, machine.Ceilings(3.0, 2.0, "")) == 5.0
 
 
 def test_ceilings_of_a_cpu_are_measured_once_and_leave_random_draws_alone():

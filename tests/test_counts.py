@@ -47,43 +47,36 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def counted(step):
-    """Run a step and return its Counter."""
-    with Counter() as counter:
-        step()
-    return counter
-
-
-def layer_step(T, B, N, every=None, output="spikes"):
-    """One layer's forward and backward as a function without arguments."""
-    g = torch.Generator().manual_seed(0)
-    shapes = ((T, B, N), (4 * N, N), (4 * N, N), (4 * N,))
-    leaves = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
-
-    def step():
-        out, _ = gpn(*leaves, backend="torch", checkpoint_every=every, output=output)
-        out.backward(torch.ones_like(out))
-
-    return step
-
-
 def a_sample_and_step(count, T=8, B=2):
     """The part of count(T, B) that grows with T B, of one sample and step."""
     corners = count(2 * T, 2 * B) - count(T, 2 * B) - count(2 * T, B) + count(T, B)
     return corners / (T * B)
 
 
+def counted(step):
+    """Operations of a step's matrix products."""
+    with Counter() as counter:
+        step()
+    return counter.flops
+
+
 @pytest.mark.parametrize("output", ["spikes", "mean"])
 @pytest.mark.parametrize("every", [None, 4])
 def test_layer_takes_these_products_and_no_more(every, output):
     N = 4
-    backward = BACKWARD_CHECKPOINTED if every else BACKWARD
 
     def flops(T, B):
-        return counted(layer_step(T, B, N, every, output)).flops
+        shapes = ((T, B, N), (4 * N, N), (4 * N, N), (4 * N,))
+        leaves = [torch.randn(s).requires_grad_() for s in shapes]
+
+        def step():
+            out, _ = gpn(*leaves, backend="torch", checkpoint_every=every, output=output)
+            out.backward(torch.ones_like(out))
+
+        return counted(step)
 
     taken = a_sample_and_step(flops)
-    assert taken == 2 * N * N * (FORWARD + backward)
+    assert taken == 2 * N * N * (FORWARD + (BACKWARD_CHECKPOINTED if every else BACKWARD))
     # what is called the least is not more than what is done
     assert cost.neuron(NEURONS["gpn"].work, N, True).flops <= taken
 
@@ -95,7 +88,7 @@ def test_training_step_takes_the_products_of_its_layers():
         torch.manual_seed(0)
         model = SpikingClassifier(hidden, inputs=C, classes=classes, backend="torch")
         x, labels = torch.rand(T, B, C), torch.zeros(B, dtype=torch.long)
-        return counted(lambda: F.cross_entropy(model(x)[0], labels).backward()).flops
+        return counted(lambda: F.cross_entropy(model(x)[0], labels).backward())
 
     linear = 2 * C * hidden[0] + 3 * hidden[0] * hidden[1]
     neurons = (FORWARD + BACKWARD) * sum(n * n for n in hidden)

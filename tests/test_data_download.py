@@ -88,10 +88,6 @@ def good(handler, body, start):
         send(handler, body, start)
 
 
-def without_ranges(handler, body, start):
-    send(handler, body)
-
-
 def stalls(handler, body, start):
     """Two thirds of what is asked for, then silence."""
     left = len(body) - start
@@ -106,21 +102,13 @@ def cuts(handler, body, start):
     send(handler, body[: start + left // 2], start, length=left)
 
 
+# half of the body, said to be all
 def cuts_silently(handler, body, start):
-    """Half of the body, said to be all."""
     send(handler, body[: len(body) // 2])
 
 
 def cuts_after_20_000(handler, body, start):
     send(handler, body[: start + 20_000], start, length=len(body) - start)
-
-
-def sends_wrong_bytes(handler, body, start):
-    send(handler, b"x" * len(body), start)
-
-
-def sends_a_page(handler, body, start):
-    send(handler, b"<html>moved to a portal</html>", length="none")
 
 
 def is_missing(handler, body, start):
@@ -131,16 +119,21 @@ def cuts_once(handler, body, start):
     (is_missing if start else cuts)(handler, body, start)
 
 
-def sends_another_range(handler, body, start):
-    send(handler, body, 7 if start else 0)
-
-
 def is_silent(handler, body, start):
     handler.server.host.released.wait(20)
 
 
-def closes_at_once(handler, body, start):
-    handler.connection.close()
+FAILURES = {
+    "is gone": None,
+    "is silent": is_silent,
+    "stalls": stalls,
+    "cuts": cuts,
+    "cuts silently": cuts_silently,
+    "wrong bytes": lambda handler, body, start: send(handler, b"x" * len(body), start),
+    "a page": lambda handler, *_: send(handler, b"<html>moved to a portal</html>", length="none"),
+    "is missing": is_missing,
+    "closes at once": lambda handler, *_: handler.connection.close(),
+}
 
 
 def fetch_shd(folder, *hosts, timeout=5.0, sums=SUMS):
@@ -169,58 +162,53 @@ def test_without_download_one_line_says_what_is_missing_and_where_it_is(tmp_path
         assert part in message
     assert all(host in message for host in HOSTS) and "\n" not in message
     assert not (tmp_path / "data").exists()
-
-
-def test_the_known_sets_have_sums_and_another_is_refused(tmp_path):
-    names = {f"{name}_{part}" for name, parts in PARTS.items() for part in parts}
-    assert set(MD5) == names and all(len(md5) == 32 for md5 in MD5.values())
+    assert set(MD5) == {f"{name}_{part}" for name, parts in PARTS.items() for part in parts}
     with pytest.raises(ValueError, match="dataset: expected one of shd, ssc, got 'shc'"):
         fetch("shc", tmp_path, True)
 
 
-@pytest.mark.parametrize(
-    "fails",
-    [None, is_silent, stalls, cuts, cuts_silently, sends_wrong_bytes, sends_a_page, is_missing,
-     closes_at_once],
-)  # fmt: skip
+@pytest.mark.parametrize("fails", FAILURES)
 def test_where_the_first_host_fails_the_mirror_delivers_and_goes_on(tmp_path, serve, fails):
-    first, mirror = serve(fails or good), serve(good)
-    if fails is None:
+    first, mirror = serve(FAILURES[fails] or good), serve(good)
+    if fails == "is gone":
         first.close()
     assert_complete(tmp_path, fetch_shd(tmp_path, first, mirror, timeout=0.3))
-    goes_on = fails in (stalls, cuts)
+    goes_on = fails in ("stalls", "cuts")
     assert all((0 < start < 150_000) == goes_on for _, start in mirror.requests)
 
 
-def test_a_later_attempt_goes_on_where_the_earlier_stopped(tmp_path, serve):
+def test_a_host_that_cuts_again_and_again_still_delivers_or_a_later_attempt_goes_on(
+    tmp_path, serve
+):
+    host = serve(cuts_after_20_000)
+    assert_complete(tmp_path / "a", fetch_shd(tmp_path / "a", host))
+    assert len(host.requests) > 10
+    folder, part = tmp_path / "b", "shd_train.h5.zip.part"
     with pytest.raises(ConnectionError, match="shd_train.h5.zip: no host delivered it"):
-        fetch_shd(tmp_path, serve(cuts_once))
-    assert os.listdir(tmp_path) == ["shd_train.h5.zip.part"]
-    have = (tmp_path / "shd_train.h5.zip.part").stat().st_size
-    second = serve(good)
-    assert_complete(tmp_path, fetch_shd(tmp_path, second))
+        fetch_shd(folder, serve(cuts_once))
+    assert os.listdir(folder) == [part]
+    have, second = (folder / part).stat().st_size, serve(good)
+    assert_complete(folder, fetch_shd(folder, second))
     assert second.requests[0] == ("/shd_train.h5.zip", have) and have > 0
 
 
-def test_a_host_that_cuts_again_and_again_still_delivers(tmp_path, serve):
-    host = serve(cuts_after_20_000)
-    assert_complete(tmp_path, fetch_shd(tmp_path, host))
-    assert len(host.requests) > 10
+TRAIN = ARCHIVES["train"]
+PARTIAL = {
+    "resumed": (TRAIN[:1000], good, [1000, 0]),
+    "no ranges": (TRAIN[:1000], lambda handler, body, _: send(handler, body), [1000, 0]),
+    "another range": (
+        TRAIN[:1000], lambda handler, body, start: send(handler, body, 7 if start else 0),
+        [1000, 0, 0],
+    ),
+    "complete": (TRAIN, good, [len(TRAIN), 0]),
+    "of something else": (b"y" * 1000, good, [1000, 0, 0]),
+    "too long": (b"y" * 400_000, good, [400_000, 0, 0]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("part", "behave", "starts"),
-    [
-        (ARCHIVES["train"][:1000], good, [1000, 0]),
-        (ARCHIVES["train"][:1000], without_ranges, [1000, 0]),
-        (ARCHIVES["train"][:1000], sends_another_range, [1000, 0, 0]),
-        (ARCHIVES["train"], good, [len(ARCHIVES["train"]), 0]),
-        (b"y" * 1000, good, [1000, 0, 0]),
-        (b"y" * 400_000, good, [400_000, 0, 0]),
-    ],
-    ids=["resumed", "no ranges", "another range", "complete", "of something else", "too long"],
-)
-def test_a_part_that_lies_there_is_completed_or_thrown_away(tmp_path, serve, part, behave, starts):
+@pytest.mark.parametrize("case", PARTIAL)
+def test_a_part_that_lies_there_is_completed_or_thrown_away(tmp_path, serve, case):
+    part, behave, starts = PARTIAL[case]
     (tmp_path / "shd_train.h5.zip.part").write_bytes(part)
     host = serve(behave)
     assert_complete(tmp_path, fetch_shd(tmp_path, host))
@@ -242,7 +230,7 @@ def test_redirects_are_followed_also_when_resuming(tmp_path, serve):
 
 
 def test_where_all_hosts_fail_one_line_says_how_each_did(tmp_path, serve):
-    hosts = [serve(behave) for behave in (is_missing, sends_wrong_bytes, is_silent)]
+    hosts = [serve(behave) for behave in (is_missing, FAILURES["wrong bytes"], is_silent)]
     with pytest.raises(ConnectionError) as caught:
         fetch_shd(tmp_path, *hosts, timeout=0.2)
     message = str(caught.value)
@@ -253,16 +241,20 @@ def test_where_all_hosts_fail_one_line_says_how_each_did(tmp_path, serve):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("archive", "expected"),
-    [
-        (zipped("train", "../other.h5"), "expected one member shd_train.h5, got .'../other.h5'"),
-        (b"PK no archive", "expected a zip archive with shd_train.h5, got: File is not a zip"),
-        (zipped("train").replace(CONTENTS["train"][-500:], bytes(500)), "expected a zip archive"),
-    ],
-    ids=["another member", "no archive", "damaged"],
-)
-def test_an_archive_with_other_contents_is_refused(tmp_path, serve, archive, expected):
+OTHER_ARCHIVES = {
+    "another member": (
+        zipped("train", "../other.h5"), "expected one member shd_train.h5, got .'../other.h5'",
+    ),
+    "no archive": (
+        b"PK no archive", "expected a zip archive with shd_train.h5, got: File is not a zip",
+    ),
+    "damaged": (TRAIN.replace(CONTENTS["train"][-500:], bytes(500)), "expected a zip archive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_ARCHIVES)
+def test_an_archive_with_other_contents_is_refused(tmp_path, serve, case):
+    archive, expected = OTHER_ARCHIVES[case]
     host, sums = serve(good, {"train": archive}), {**SUMS, "shd_train": md5(archive)}
     with pytest.raises(ValueError, match=f"shd_train.h5.zip: {expected}"):
         fetch_shd(tmp_path / "data", host, sums=sums)

@@ -20,12 +20,13 @@ from tests.small_training import (
     OPTIONS,
     SAMPLES,
     SMALL,
+    draws,
     resident,
     small_engine,
     store,
     streamed,
     train,
-)
+)  # fmt: skip
 
 
 def same(a, b, rel):
@@ -87,43 +88,36 @@ def test_a_step_that_waits_or_brings_numbers_from_the_host_cannot_be_replayed():
 
 
 def test_replays_draw_new_masks_and_resets_and_the_seed_brings_them_back():
-    def draws(seed):
-        net, graphs = small_engine(), RecordedGraphs(CPU)
-        kept = [torch.zeros(BATCH, N) for N in (9, 6, 9, 6)]
-
-        def work():
-            drawn = net.model.draw(BATCH)
-            for to, t in zip(kept, [d.v_reset for d in drawn] + [d.mask for d in drawn]):  # noqa: B905
-                to.copy_(t)
-
-        torch.manual_seed(seed)
-        found = []
-        for _ in range(6):
-            graphs.run("draw", work)
-            found.append(torch.cat([t.flatten() for t in kept]))
-        assert graphs.replays == 3
-        return torch.stack(found)
-
-    first, again, other = draws(1), draws(1), draws(2)
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert len(first.unique(dim=0)) == 6
+    found = []
+    for seed in (1, 1, 2):
+        net = small_engine()
+        net.graphs = RecordedGraphs(CPU)
+        found.append(draws(net, seed, 6))
+        assert net.graphs.replays == 3
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert len(found[0].unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
-def test_a_batch_in_parts_gives_the_losses_of_the_whole(accumulate):
+def test_a_batch_in_parts_gives_the_losses_of_the_whole_and_holds_no_more_than_it_says(accumulate):
+    net, sizes = small_engine(accumulate=accumulate), set()
+    net.model.register_forward_pre_hook(lambda m, args: sizes.add(args[0].shape[1]))
     # float32 sums in another order; a spike at its threshold may flip
-    same(train(small_engine(accumulate=accumulate)), train(small_engine()), 1e-4)
-
-
-def test_parts_hold_no_more_samples_at_once_than_they_say():
-    net, sizes = small_engine(accumulate=3), {True: set(), False: set()}
-    net.model.register_forward_pre_hook(lambda m, args: sizes[m.training].add(args[0].shape[1]))
-    train(net, epochs=1)
-    assert sizes[True] == {1, 2, 3} and max(sizes[False]) == 3
+    same(train(net), train(small_engine()), 1e-4)
+    assert max(sizes) == math.ceil(BATCH / accumulate)
 
 
 def test_streamed_events_give_the_losses_of_resident_ones():
     assert train(small_engine(), streamed) == train(small_engine())
+
+
+def test_the_shares_of_a_batch_are_the_batch_and_who_has_none_stands_in_without_weight():
+    batch = torch.arange(5) + 10
+    shares = [World(rank, 3).part(batch) for rank in range(3)]
+    assert torch.equal(torch.cat([share for share, _, _ in shares]), batch)
+    assert [(first, weight) for _, first, weight in shares] == [(0, 1), (1, 1), (3, 1)]
+    shares = [World(rank, 3).part(batch[:2]) for rank in range(3)]
+    assert [(len(share), weight) for share, _, weight in shares] == [(1, 0), (1, 1), (1, 1)]
 
 
 def test_event_driven_input_gives_the_losses_of_counts():
@@ -144,16 +138,6 @@ def test_evaluation_does_not_depend_on_the_batch_size():
     for other in found[1:]:
         assert other.loss == pytest.approx(found[0].loss, rel=1e-5)
         assert other.accuracy == found[0].accuracy
-
-
-def test_the_shares_of_a_batch_are_the_batch_and_who_has_none_stands_in_without_weight():
-    batch = torch.arange(5) + 10
-    shares = [World(rank, 3).part(batch) for rank in range(3)]
-    assert torch.equal(torch.cat([share for share, _, _ in shares]), batch)
-    assert [(first, weight) for _, first, weight in shares] == [(0, 1), (1, 1), (3, 1)]
-    shares = [World(rank, 3).part(batch[:2]) for rank in range(3)]
-    assert [len(share) for share, _, _ in shares] == [1, 1, 1]
-    assert [weight for _, _, weight in shares] == [0, 1, 1]
 
 
 def test_learning_rate_scales_with_the_root_of_the_batch_and_warms_up_by_step():

@@ -5,7 +5,16 @@ import torch
 
 from gpn_triton.machine.graphs import WARM_RUNS
 from gpn_triton.machine.profile import profiled
-from tests.small_training import BATCH, OPTIONS, resident, small_engine, store, streamed, train
+from tests.small_training import (
+    BATCH,
+    OPTIONS,
+    draws,
+    resident,
+    small_engine,
+    store,
+    streamed,
+    train,
+)
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -28,34 +37,14 @@ def test_captured_steps_give_the_losses_of_uncaptured_ones(options):
     close(losses, train(plain))
 
 
-def test_streamed_events_give_the_losses_of_resident_ones():
-    close(train(small_engine(GPU), streamed), train(small_engine(GPU)))
-
-
-def test_a_batch_in_parts_gives_the_losses_of_the_whole():
-    close(train(small_engine(GPU, accumulate=2)), train(small_engine(GPU)))
+def test_streamed_events_and_a_batch_in_parts_give_the_same_losses():
+    expected = train(small_engine(GPU))
+    close(train(small_engine(GPU), streamed), expected)
+    close(train(small_engine(GPU, accumulate=2)), expected)
 
 
 def test_replays_draw_new_masks_and_resets_and_the_seed_brings_them_back():
-    def draws(seed):
-        net = small_engine(GPU)
-        kept = [torch.zeros(BATCH, N, device=GPU) for N in (9, 6, 9, 6)]
-
-        def work():
-            drawn = net.model.draw(BATCH)
-            for to, t in zip(
-                kept, [d.v_reset for d in drawn] + [d.mask for d in drawn], strict=True
-            ):
-                to.copy_(t)
-
-        torch.manual_seed(seed)
-        found = []
-        for _ in range(WARM_RUNS + 4):
-            net.graphs.run("draw", work)
-            found.append(torch.cat([t.flatten() for t in kept]))
-        return torch.stack(found)
-
-    first, again, other = draws(1), draws(1), draws(2)
+    first, again, other = (draws(small_engine(GPU), seed, WARM_RUNS + 4) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len(first.unique(dim=0)) == WARM_RUNS + 4
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gpn_triton.data import binning as module
 from gpn_triton.data.augmentation import Augmentation
-from gpn_triton.data.binning import BinningConfig, bin_batch, bin_cells, prefers_cells
+from gpn_triton.data.binning import BinningConfig, batch_input, bin_batch, bin_cells, prefers_cells
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.neurons.event_linear import Cells, event_linear
 from tests.stores import make_store
@@ -25,15 +25,10 @@ def some_cells(T=30, channel_bin=1, indices=(3, 1, 0, 3), augmentation=None):
     return bin_cells(*arguments), bin_batch(*arguments)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        BinningConfig(1),
-        BinningConfig(25, 0.6, channel_bin=5),
-        BinningConfig(25, 0.6, overflow="clip"),
-        BinningConfig(1000, style="authors"),
-    ],
-)
+@pytest.mark.parametrize("config", [
+    BinningConfig(1), BinningConfig(25, 0.6, channel_bin=5),
+    BinningConfig(25, 0.6, overflow="clip"), BinningConfig(1000, style="authors"),
+])  # fmt: skip
 @pytest.mark.parametrize("augmentation", [None, EVERYTHING])
 def test_a_list_of_events_holds_the_counts_of_the_batch(config, augmentation, monkeypatch):
     monkeypatch.setattr(module, "CPU_SAMPLES", 3)
@@ -43,6 +38,10 @@ def test_a_list_of_events_holds_the_counts_of_the_batch(config, augmentation, mo
     assert counts.any() and torch.equal(cells.dense(), counts)
     T, B, _ = counts.shape
     assert torch.equal(cells.row_start.diff(), counts.sum(2).view(T * B).int())
+    # it is taken where it is asked for and most cells are empty
+    for sparse in (True, False):
+        batch = batch_input(events, indices, config, augmentation, (4, 5), sparse)
+        assert isinstance(batch, Cells) == (sparse and prefers_cells(events, config))
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -54,27 +53,17 @@ def test_values_and_gradients_are_those_of_dense_counts(T, channel_bin, augmenta
     C, N = counts.shape[2], 13
     weight, bias = torch.randn(N, C, dtype=dtype), torch.randn(N, dtype=dtype)
     g_y = torch.randn(T, counts.shape[1], N, dtype=dtype)
-    results = []
-    for linear, x in ((F.linear, counts.to(dtype)), (event_linear, cells)):
-        leaves = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-        y = linear(x, *leaves)
-        y.backward(g_y)
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    for expected, got in zip(*results, strict=True):
-        assert expected.any() and got.dtype == dtype
-        torch.testing.assert_close(got, expected, **CLOSE[dtype])
-
-
-def test_a_cotangent_that_is_expanded_or_transposed_is_read_right():
-    cells, counts = some_cells()
-    weight, bias = torch.randn(6, 700), torch.zeros(6)
-    for loss in (lambda y: y.sum(), lambda y: (y.transpose(0, 2) * torch.arange(30.0)).sum()):
-        gradients = []
-        for linear, x in ((F.linear, counts), (event_linear, cells)):
-            leaf = weight.clone().requires_grad_()
-            loss(linear(x, leaf, bias)).backward()
-            gradients.append(leaf.grad)
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    # as it is, expanded and transposed
+    for g in (g_y, g_y[:1].expand_as(g_y), g_y.mT.contiguous().mT):
+        results = []
+        for linear, x in ((F.linear, counts.to(dtype)), (event_linear, cells)):
+            leaves = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+            y = linear(x, *leaves)
+            y.backward(g)
+            results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+        for expected, got in zip(*results, strict=True):
+            assert expected.any() and got.dtype == dtype
+            torch.testing.assert_close(got, expected, **CLOSE[dtype])
 
 
 @pytest.mark.parametrize("shape", [(4, 0, 700), (3, 2, 5)])

@@ -94,7 +94,9 @@ def test_the_authors_layout_computes_the_same_logits(tmp_path):
 @torch.no_grad()
 def test_a_variants_layout_holds_the_rows_of_its_gates(tmp_path, variant):
     run = make_run(tmp_path / "run", neuron=f"gpn-{variant}", hidden=(6,))
-    export.export(run, tmp_path / "out")
+    # a second export replaces the first
+    for exported in (make_run(tmp_path / "other"), run):
+        export.export(exported, tmp_path / "out")
     weights = load_file(tmp_path / "out" / "authors.safetensors")
     layer = load_run(run).model.neurons[0]
     x, zero = torch.randn(5, 2, 6), torch.zeros(2, 6)
@@ -103,23 +105,11 @@ def test_a_variants_layout_holds_the_rows_of_its_gates(tmp_path, variant):
     torch.testing.assert_close(layer(x)[1], expected)
 
 
-def test_a_network_without_gates_has_no_gate_weights():
+def test_without_gates_there_are_no_gate_weights_and_other_networks_have_no_authors_layout():
     weights = export.authors_weights(SpikingClassifier([6, 5], "gpn-no-fitb"))
     assert sorted({name.split(".")[0] for name in weights}) == ["fc1", "fc2", "fc3"]
-
-
-def test_other_networks_have_no_authors_layout():
     with pytest.raises(ValueError, match="neuron: expected a GPN network, got lstm"):
         export.authors_weights(SpikingClassifier([6], "lstm"))
-
-
-def test_a_second_export_replaces_the_first(tmp_path):
-    for seed in range(2):
-        torch.manual_seed(seed)
-        run = make_run(tmp_path / f"run-{seed}")
-        export.export(run, tmp_path / "out")
-    exported = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(exported["output.weight"], load_run(run).model.output.weight)
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys):

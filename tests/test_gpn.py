@@ -1,6 +1,5 @@
 """gpn() as a torch operator: autograd, autocast, compile, odd shapes and clear errors."""
 
-import copy
 import math
 
 import pytest
@@ -45,62 +44,39 @@ def test_autocast_casts_the_spikes_and_keeps_the_state_float32(dtype):
     assert all(t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in (x, *weights))
 
 
+def gradients(run, inputs):
+    """Gradients of what run puts out, added up."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    return torch.autograd.grad(sum(out.sum() for out in run(*leaves)), leaves)
+
+
 def test_state_carried_between_calls_equals_one_call():
-    x, *weights = case(T=9, dtype=torch.float64)
-    whole, v_whole = gpn(x, *weights)
-    (whole.sum() + v_whole.sum()).backward()
-    expected = [t.grad.clone() for t in (x, *weights)]
-    for t in (x, *weights):
-        t.grad = None
-    first, v = gpn(x[:4], *weights)
-    second, v = gpn(x[4:], *weights, v0=v)
-    assert torch.equal(torch.cat([first, second]), whole)
-    (first.sum() + second.sum() + v.sum()).backward()
-    for want, t in zip(expected, (x, *weights), strict=True):
-        torch.testing.assert_close(t.grad, want, rtol=1e-12, atol=1e-12)
+    inputs = case(T=9, dtype=torch.float64)
+
+    def halves(x, *weights):
+        first, v = gpn(x[:4], *weights)
+        second, v = gpn(x[4:], *weights, v0=v)
+        return torch.cat([first, second]), v
+
+    assert torch.equal(halves(*inputs)[0], gpn(*inputs)[0])
+    pairs = zip(gradients(halves, inputs), gradients(gpn, inputs), strict=True)
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 3), (5, 1, 7), (3, 2, 37)])
-def test_any_size_runs_and_differentiates(shape):
-    x, *weights = case(*shape)
-    spikes, v_final = gpn(x, *weights)
-    assert spikes.shape == shape and v_final.shape == shape[1:]
-    (spikes.sum() + v_final.sum()).backward()
-    assert all(t.grad.isfinite().all() for t in (x, *weights))
+def test_a_sequence_recomputed_in_backward_gives_the_same_gradients():
+    inputs = case()
+    again = gradients(lambda *leaves: checkpoint(gpn, *leaves, use_reentrant=False), inputs)
+    assert all(map(torch.equal, again, gradients(gpn, inputs)))
 
 
 def test_non_contiguous_input_and_cotangent_change_nothing():
     x, *weights = case()
     strided = x.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()
-    cotangent = torch.randn(3, 5, 6)
-    assert not strided.is_contiguous()
-    for t, g in (
-        (x, cotangent.permute(2, 0, 1).contiguous()),
-        (strided, cotangent.permute(2, 0, 1)),
-    ):
+    cotangent = torch.randn(3, 5, 6).permute(2, 0, 1)
+    for t, g in ((x, cotangent.contiguous()), (strided, cotangent)):
         gpn(t, *weights)[0].backward(g)
-    assert torch.equal(x.grad, strided.grad)
-
-
-def test_a_sequence_recomputed_in_backward_gives_the_same_gradients():
-    results = []
-    for run in (gpn, lambda *inputs: checkpoint(gpn, *inputs, use_reentrant=False)):
-        inputs = case()
-        spikes, v_final = run(*inputs)
-        (spikes.sum() + v_final.sum()).backward()
-        results.append([t.grad for t in inputs])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_module_survives_deepcopy_and_state_dict():
-    torch.manual_seed(0)
-    layer = GPN(6).eval()
-    other = GPN(6).eval()
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(4, 2, 6)
-    expected = layer(x)[0]
-    assert torch.equal(copy.deepcopy(layer)(x)[0], expected)
-    assert torch.equal(other(x)[0], expected)
+    assert not strided.is_contiguous() and torch.equal(x.grad, strided.grad)
 
 
 def test_a_membrane_beyond_half_range_saturates_instead_of_overflowing():
@@ -112,50 +88,37 @@ def test_a_membrane_beyond_half_range_saturates_instead_of_overflowing():
     assert all(t.grad.isfinite().all() for t in (x, *weights))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(2, 5)}, r"x: expected \[T, B, N\].*got \[2, 5\]"),
-        ({"x": torch.zeros(0, 3, 5)}, r"x: expected .* at least 1, got \[0, 3, 5\]"),
-        ({"x": torch.zeros(2, 3, 5, dtype=torch.int64)}, "x: expected a floating dtype"),
-        ({"weight_x": torch.zeros(20, 4)}, r"weight_x: expected shape \[20, 5\].*got \[20, 4\]"),
-        ({"weight_v": None}, r"weight_v: expected shape \[20, 5\].*got None"),
-        ({"bias": torch.zeros(5)}, r"bias: expected shape \[20\].*got \[5\]"),
-        ({"v0": torch.zeros(5)}, r"v0: expected shape \[3, 5\].*got \[5\]"),
-        ({"v_reset": torch.zeros(3, 5, dtype=torch.int32)}, "v_reset: expected a floating dtype"),
-        ({"variant": "no-fitb"}, "weight_x: variant no-fitb has no gates"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"x": torch.zeros(2, 5)}, r"x: expected \[T, B, N\].*got \[2, 5\]"),
+    ({"x": torch.zeros(0, 3, 5)}, r"x: expected .* at least 1, got \[0, 3, 5\]"),
+    ({"x": torch.zeros(2, 3, 5, dtype=torch.int64)}, "x: expected a floating dtype"),
+    ({"weight_x": torch.zeros(20, 4)}, r"weight_x: expected shape \[20, 5\].*got \[20, 4\]"),
+    ({"weight_v": None}, r"weight_v: expected shape \[20, 5\].*got None"),
+    ({"bias": torch.zeros(5)}, r"bias: expected shape \[20\].*got \[5\]"),
+    ({"v0": torch.zeros(5)}, r"v0: expected shape \[3, 5\].*got \[5\]"),
+    ({"v_reset": torch.zeros(3, 5, dtype=torch.int32)}, "v_reset: expected a floating dtype"),
+    ({"variant": "no-fitb"}, "weight_x: variant no-fitb has no gates"),
+])  # fmt: skip
 def test_bad_arguments_are_named(change, message):
-    x, weight_x, weight_v, bias = case()
-    arguments = {"x": x, "weight_x": weight_x, "weight_v": weight_v, "bias": bias}
+    arguments = dict(zip(("x", "weight_x", "weight_v", "bias"), case(), strict=True))
     with pytest.raises(ValueError, match=message):
         gpn(**{**arguments, **change})
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"variant": "no-x"}, "variant: expected one of full.*got 'no-x'"),
-        ({"surrogate": "step"}, "surrogate: expected one of atan.*got 'step'"),
-        ({"backend": "cuda"}, "backend: expected one of auto.*got 'cuda'"),
-        ({"output": "sum"}, "output: expected one of spikes, mean, got 'sum'"),
-        ({"alpha": 0.0}, "alpha: expected a finite number above 0, got 0.0"),
-        ({"alpha": math.nan}, "alpha: expected a finite number above 0, got nan"),
-        ({"alpha": math.inf}, "alpha: expected a finite number above 0, got inf"),
-        (
-            {"alpha": torch.nn.Parameter(torch.ones(()))},
-            "alpha: expected a number, got a Parameter",
-        ),
-        ({"checkpoint_every": 0}, "checkpoint_every: expected a whole number from 1 on, got 0"),
-    ],
-    ids=str,
-)
-def test_bad_options_are_named_when_a_layer_or_network_is_built(option, message):
-    for build in (lambda **o: gpn(*case(), **o), lambda **o: GPN(5, **o)):
-        with pytest.raises(ValueError, match=message):
-            build(**option)
-    if not option.keys() & {"variant", "output"}:
-        for neuron in ("gpn", "lif"):
-            with pytest.raises(ValueError, match=message):
-                SpikingClassifier([5], neuron, **option)
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("variant", "no-x", "expected one of full.*got 'no-x'"),
+    ("surrogate", "step", "expected one of atan.*got 'step'"),
+    ("backend", "cuda", "expected one of auto.*got 'cuda'"),
+    ("output", "sum", "expected one of spikes, mean, got 'sum'"),
+    ("alpha", 0.0, "expected a finite number above 0, got 0.0"),
+    ("alpha", math.nan, "expected a finite number above 0, got nan"),
+    ("alpha", torch.nn.Parameter(torch.ones(())), "expected a number, got a Parameter"),
+    ("checkpoint_every", 0, "expected a whole number from 1 on, got 0"),
+])  # fmt: skip
+def test_bad_options_are_named_when_a_layer_or_network_is_built(option, value, message):
+    builds = [lambda **o: gpn(*case(), **o), lambda **o: GPN(5, **o)]
+    if option not in ("variant", "output"):
+        builds += [lambda n=n, **o: SpikingClassifier([5], n, **o) for n in ("gpn", "lif")]
+    for build in builds:
+        with pytest.raises(ValueError, match=f"{option}: {message}"):
+            build(**{option: value})

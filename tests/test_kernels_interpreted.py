@@ -139,19 +139,13 @@ def test_half_types_stay_near_the_specification(strategy, T, B, N, options, dtyp
 @pytest.mark.parametrize("mean", [False, True])
 def test_inference_saves_nothing_and_gives_the_same_output(strategy, mean):
     inputs, gates = layer(5, 3, 16), GATES["full"]
+    before = [t.clone() for t in inputs]
     how = plan(strategy, 5, 3, 16, torch.float32, "full", 1)
     trained = gpn_forward(*inputs, gates, 1, mean, how)
     out, v_final, v_saved, bits = gpn_forward(*inputs, gates, 0, mean, how)
     assert torch.equal(out, trained[0]) and torch.equal(v_final, trained[1])
     assert v_saved.numel() == 0 and bits.numel() == 0
-
-
-def test_inputs_are_left_as_they_were():
-    inputs = layer(3, 2, 16)
-    given = [*inputs, torch.randn(3, 2, 16, device=DEVICE), torch.randn(2, 16, device=DEVICE)]
-    before = [t.clone() for t in given]
-    run_kernels(inputs, *given[-2:], plan("stepwise", 3, 2, 16, torch.float32, "full", 1))
-    assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
+    assert all(map(torch.equal, before, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -171,10 +165,8 @@ def test_unpacked_spikes_equal_the_twin(T, B, N, start, stop, masked, dtype):
 
 
 def test_linear_layer_on_spikes_is_the_same_on_both_backends():
-    spikes = (torch.rand(40, 3, 16, device=DEVICE) < 0.4).float()
-    bits = torch.zeros(2, 3, 16, dtype=torch.int32, device=DEVICE)
-    for t in range(40):
-        bits[t // 32] |= spikes[t].int() << t % 32
+    bits = torch.randint(-(2**31), 2**31, (2, 3, 16)).to(DEVICE, torch.int32)
+    spikes = unpack_spikes(bits, 0, 40, torch.float32)
     mask = torch.nn.functional.dropout(torch.ones(3, 16, device=DEVICE))
     results = []
     for backend in ("torch", "triton"):
@@ -182,23 +174,20 @@ def test_linear_layer_on_spikes_is_the_same_on_both_backends():
         y = spike_linear(spikes, bits, mask, weight, None, backend)
         (y * torch.arange(5.0, device=DEVICE)).sum().backward()
         results.append((y.detach(), weight.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(map(torch.equal, *results))
 
 
-def leaves(T=5, B=3, N=16, variant="full"):
-    """x, weights and v0 that require gradients."""
-    x, *weights, _, v0 = layer(T, B, N, variant)
-    return [t if t is None else t.requires_grad_() for t in (x, *weights, v0)]
-
-
-def run(backend, inputs, loss, **options):
-    """Value and gradients of loss(out, v_final)."""
-    x, wx, wv, bias, v0 = inputs
-    for t in inputs:
-        t.grad = None
-    out, v_final = ops.gpn(x, wx, wv, bias, v0=v0, backend=backend, **options)
-    loss(out, v_final).backward()
-    return [out.detach(), v_final.detach(), *(t.grad for t in inputs)]
+def run(backend, loss, dtype=None, strange=False, **options):
+    """Value and gradients of loss(out, v_final), of inputs that are transposed where strange."""
+    x, *weights, _, v0 = layer(5, 3, 16)
+    inputs = [x, *weights, v0]
+    if strange:
+        inputs = [t.mT.contiguous().mT if t.ndim > 1 else t for t in inputs]
+    x, *weights, v0 = (t.requires_grad_() for t in inputs)
+    with torch.autocast(DEVICE, dtype=dtype, enabled=dtype is not None):
+        out, v_final = ops.gpn(x, *weights, v0=v0, backend=backend, **options)
+    gradients = torch.autograd.grad(loss(out, v_final), (x, *weights, v0))
+    return [out.detach(), v_final.detach(), *gradients]
 
 
 @pytest.mark.parametrize(
@@ -210,48 +199,27 @@ def run(backend, inputs, loss, **options):
     ],
 )
 @pytest.mark.parametrize("output", ["spikes", "mean"])
-def test_triton_and_torch_backends_agree(output, loss):
-    inputs = leaves()
-    results = [run(b, inputs, loss, output=output) for b in ("torch", "triton")]
-    for expected, got in zip(*results, strict=True):
-        if expected is None:
-            assert got is None
-        else:
-            torch.testing.assert_close(got, expected, **BACKENDS)
-
-
-def test_non_contiguous_inputs_give_the_same_result():
-    inputs = leaves()
-    strange = [t.detach().mT.contiguous().mT if t.ndim > 1 else t.detach() for t in inputs]
-    strange = [t.requires_grad_() for t in strange]
-
-    def loss(out, v):
-        return (out * torch.arange(16.0, device=out.device)).sum() + v.sum()
-
-    for expected, got in zip(
-        run("triton", inputs, loss), run("triton", strange, loss), strict=True
-    ):
-        assert torch.equal(got, expected)
+def test_triton_and_torch_backends_agree_whatever_the_strides(output, loss):
+    expected = run("torch", loss, output=output)
+    results = [run("triton", loss, strange=strange, output=output) for strange in (False, True)]
+    for value, plain, strange in zip(expected, *results, strict=True):
+        torch.testing.assert_close(plain, value, **BACKENDS)
+        assert torch.equal(plain, strange)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_spikes_of_its_dtype_and_float32_gradients(dtype):
-    inputs = leaves(T=6, B=5)
-    with torch.autocast(DEVICE, dtype=dtype):
-        expected, got = (
-            run(backend, inputs, lambda out, v: out.float().sum() + v.sum())
-            for backend in ("torch", "triton")
-        )
+    expected, got = (
+        run(backend, lambda out, v: out.float().sum() + v.sum(), dtype)
+        for backend in ("torch", "triton")
+    )
     assert got[0].dtype == dtype and torch.equal(got[0], expected[0])
     assert all(t.dtype == torch.float32 for t in got[1:])
     check_gradients(got[2:], expected[2:], TOLERANCES[dtype].gradient)
 
 
-def test_float64_is_refused_with_the_reason():
+def test_a_backend_is_refused_with_the_reason_or_chosen():
+    x, *weights, _, _ = layer(2, 2, 4)
     with pytest.raises(RuntimeError, match="float64"):
-        x, *weights, _, _ = layer(2, 2, 4)
         ops.gpn(x.double(), *weights, backend="triton")
-
-
-def test_auto_on_the_cpu_is_torch():
     assert machine.choose_backend("auto", torch.zeros(1)) == "torch"

@@ -9,8 +9,10 @@ them); `python -m bench.offline` goes through every size, variant and option.
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -81,6 +83,45 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
     return versions
 
 
+# (config, augmentation) that together hold every branch of the binning kernels
+BINNING = {
+    "plain bfloat16": ({"dtype": "bfloat16"}, False),
+    "augmented, clip, 5": ({"channel_bin": 5, "overflow": "clip"}, True),
+    "augmented, authors, float16": ({"style": "authors", "dtype": "float16"}, True),
+}
+
+
+def compile_binning(config: dict, augmented: bool, capability: int) -> list[dict]:
+    """Reports of the binning kernels, with the fused multiply-adds of each."""
+    import torch
+
+    from gpn_triton.data.augmentation import Augmentation
+    from gpn_triton.data.binning import BinningConfig
+    from gpn_triton.kernels import offline
+    from gpn_triton.kernels.binning import binning_count
+
+    dtype = getattr(torch, config.get("dtype", "float32"))
+    augmentation = Augmentation(20, 0.1, 0.005, 0.1, 0.1) if augmented else None
+    # a part of a set in one of the cases
+    numbers = torch.zeros(4, dtype=torch.int64) if "channel_bin" in config else None
+    with offline.compiling(capability) as found:
+        for T, B in ((1, 1), (16, 3), (100, 256), (1000, 1)):
+            binning_count(
+                torch.zeros(80), torch.zeros(80, dtype=torch.int16), torch.arange(5) * 20, numbers,
+                torch.zeros(B, dtype=torch.int64),
+                torch.zeros(2, dtype=torch.int64) if augmented else None, 700, 40,
+                BinningConfig(T, **{**config, "dtype": dtype}), augmentation,
+            )  # fmt: skip
+    reports = []
+    for entry in found:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(entry[2].asm["cubin"])
+            file.flush()
+            fused = len(re.findall(r"\bFFMA\b", offline._tool("nvdisasm", "-c", file.name)))
+        reports.append({**asdict(offline.read(*entry)), "fused": fused})
+    return reports
+
+
 def compile_group(group: str) -> dict:
     """What the tests ask about a group, as JSON holds it."""
     from bench.offline import Layer, faults
@@ -90,11 +131,15 @@ def compile_group(group: str) -> dict:
         plan, reports = Layer(**{"N": 128, **options, "capability": capability}).compile()
         reports = [asdict(r) | {"faults": faults(r, capability)} for r in reports]
         layers.append({"strategy": plan.strategy, "reports": reports})
-    unchanged = UNCHANGED if group == "sample" else ()
-    return {
-        "layers": layers,
-        "versions": {f"{N}-{dtype}": recompiled(N, dtype) for N, dtype in unchanged},
-    }
+    found = {"layers": layers}
+    if group == "sample":
+        found["versions"] = {f"{N}-{dtype}": recompiled(N, dtype) for N, dtype in UNCHANGED}
+        found["binning"] = {
+            f"{case}-{capability}": compile_binning(*options, capability)
+            for case, options in BINNING.items()
+            for capability in (80, 90)
+        }
+    return found
 
 
 @functools.cache
@@ -139,19 +184,30 @@ def test_a_changed_length_or_batch_does_not_recompile(N, dtype):
     assert set(versions.values()) == {1}, versions
 
 
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({}, None),
-        ({"stack_bytes": 8}, "spills"),
-        ({"local_accesses": 2}, "spills"),
-        ({"shared_bytes": (227 << 10) + 1}, "shared memory"),
-        ({"registers": 255, "num_warps": 16}, "registers"),
-        ({"mma": 0}, "tensor-core"),
-        ({"async_copies": 0}, "asynchronous"),
-        ({"loop_loads": 1}, "wait"),
-    ],
-)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", BINNING)
+def test_binning_neither_spills_nor_fuses_nor_depends_on_sizes(case, capability):
+    reports = compiled("sample")["binning"][f"{case}-{capability}"]
+    # one version each, whatever T and B
+    names = [report["kernel"] for report in reports]
+    half = "float16" in case
+    assert names == ["binning_count_kernel", "binning_convert_kernel"][: 1 + half]
+    for report in reports:
+        assert report["stack_bytes"] == report["local_accesses"] == report["fused"] == 0, report
+        # eight programs of four warps and more share a multiprocessor
+        assert report["registers"] <= 64
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({}, None),
+    ({"stack_bytes": 8}, "spills"),
+    ({"local_accesses": 2}, "spills"),
+    ({"shared_bytes": (227 << 10) + 1}, "shared memory"),
+    ({"registers": 255, "num_warps": 16}, "registers"),
+    ({"mma": 0}, "tensor-core"),
+    ({"async_copies": 0}, "asynchronous"),
+    ({"loop_loads": 1}, "wait"),
+])  # fmt: skip
 def test_every_fault_is_named(changes, named):
     pytest.importorskip("triton")
     from bench.offline import faults

@@ -32,65 +32,56 @@ def test_amp_alone_means_bf16(tmp_path):
     assert parse([]).amp is parse(["--config", str(tmp_path / "off.toml")]).amp is None
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("--dataset mnist", "dataset: expected synthetic, shd, ssc or a file"),
-        ("--hidden 0", r"hidden: expected sizes of at least 1, got \[0\]"),
-        ("--lr nan", "lr: expected float, got nan"),
-        ("--lr 0", "lr: expected more than 0"),
-        ("--dropout 1", "dropout: expected 0 <= value < 1"),
-        ("--epochs 0", "epochs: expected at least 1, got 0"),
-        ("--warmup-epochs 20", r"warmup_epochs: expected fewer than epochs \(20\)"),
-        ("--accumulate 65", r"accumulate: expected at most batch_size \(64\)"),
-        ("--seed 1 1", "seed: expected different seeds"),
-        ("--dataset shd --train-file a.h5", "dataset: expected either"),
-        ("--test-file a.h5", "test_file: expected --train-file"),
-        ("--valid-fraction 1", "valid_fraction: expected 0 < value < 1"),
-        # what binning and augmentation refuse, by the option's name
-        ("--max-time 0", "max_time: expected"),
-        ("--event-drop 1", "event_drop: expected 0 <= value < 1"),
-        ("--binning authors --channel-bin 5", "channel_bin: the authors' binning knows only 1"),
-        # what the parser refuses
-        ("--neuron glif", "--neuron: invalid choice: 'glif'"),
-        ("--epochs two", "--epochs: invalid int value: 'two'"),
-        ("--epoch 3", "unknown option --epoch; did you mean --epochs"),
-        ("--unheard=3", r"unknown option --unheard \(--help"),
-        ("shd", "unexpected argument shd"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "message"), [
+    ("--dataset mnist", "dataset: expected synthetic, shd, ssc or a file"),
+    ("--hidden 0", r"hidden: expected sizes of at least 1, got \[0\]"),
+    ("--lr nan", "lr: expected float, got nan"),
+    ("--lr 0", "lr: expected more than 0"),
+    ("--dropout 1", "dropout: expected 0 <= value < 1"),
+    ("--epochs 0", "epochs: expected at least 1, got 0"),
+    ("--warmup-epochs 20", r"warmup_epochs: expected fewer than epochs \(20\)"),
+    ("--accumulate 65", r"accumulate: expected at most batch_size \(64\)"),
+    ("--seed 1 1", "seed: expected different seeds"),
+    ("--dataset shd --train-file a.h5", "dataset: expected either"),
+    ("--test-file a.h5", "test_file: expected --train-file"),
+    ("--valid-fraction 1", "valid_fraction: expected 0 < value < 1"),
+    # what binning and augmentation refuse, by the option's name
+    ("--max-time 0", "max_time: expected"),
+    ("--event-drop 1", "event_drop: expected 0 <= value < 1"),
+    ("--binning authors --channel-bin 5", "channel_bin: the authors' binning knows only 1"),
+    # what the parser refuses
+    ("--neuron glif", "--neuron: invalid choice: 'glif'"),
+    ("--epochs two", "--epochs: invalid int value: 'two'"),
+    ("--epoch 3", "unknown option --epoch; did you mean --epochs"),
+    ("--unheard=3", r"unknown option --unheard \(--help"),
+    ("shd", "unexpected argument shd"),
+])  # fmt: skip
 def test_each_mistake_is_named_in_one_line(argv, message):
     with pytest.raises(ValueError, match=message) as error:
         parse(argv.split())
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("lr = ", "not valid TOML"),
-        ("epoch = 1", "unknown option 'epoch'; did you mean epochs"),
-        ('lr = "fast"', "lr: expected float, got 'fast'"),
-        ("epochs = true", "epochs: expected int, got True"),
-        ('neuron = "glif"', "neuron: expected one of gpn"),
-        ("hidden = [1.5]", "hidden: expected whole numbers"),
-        ('preset = "none"', "preset: expected one of"),
-        ("preset = [1]", "preset: expected one of"),
-        ('resume = "auto"', "resume: is a flag only: remove it from"),
-        ('eval-only = "run"', "eval_only: is a flag only"),
-        ('config = "other.toml"', "config: is a flag only"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("lr = ", "not valid TOML"),
+    ("epoch = 1", "unknown option 'epoch'; did you mean epochs"),
+    ('lr = "fast"', "lr: expected float, got 'fast'"),
+    ("epochs = true", "epochs: expected int, got True"),
+    ('neuron = "glif"', "neuron: expected one of gpn"),
+    ("hidden = [1.5]", "hidden: expected whole numbers"),
+    ('preset = "none"', "preset: expected one of"),
+    ("preset = [1]", "preset: expected one of"),
+    ('resume = "auto"', "resume: is a flag only: remove it from"),
+    ('eval-only = "run"', "eval_only: is a flag only"),
+    ('config = "other.toml"', "config: is a flag only"),
+])  # fmt: skip
 def test_each_mistake_in_a_file_is_named(text, message, tmp_path):
     file = tmp_path / "run.toml"
+    with pytest.raises(FileNotFoundError, match="config: no such file: .*run.toml"):
+        parse(["--config", str(file)])
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         parse(["--config", str(file)])
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match="config: no such file: none.toml"):
-        parse(["--config", "none.toml"])
 
 
 def test_help_shows_a_dozen_options_and_help_all_every_one_with_its_default(capsys):

@@ -82,34 +82,25 @@ def test_streamed_logits_are_those_of_the_whole_sequence_bit_for_bit(neuron, rea
 
 
 @torch.no_grad()
-def test_streamed_samples_do_not_depend_on_the_batch():
-    model, x = random_network("gpn", 0)
-    whole = model(x)[0].float()
-    alone = torch.cat([fed(model, x[:, k : k + 1], 1) for k in range(x.shape[1])])
-    assert torch.equal(alone.float(), whole)
-
-
-@torch.no_grad()
-def test_a_stream_gives_logits_at_every_bin_and_can_be_gone_on_from_twice():
+def test_a_stream_gives_logits_at_every_bin_of_any_batch_and_can_be_gone_on_from_twice():
     for neuron in ("gpn", "cuba-lif"):
         model, x = random_network(neuron, 1)
+        whole = model(x)[0].float()
         logits, state = model.stream(x[:10])
         assert torch.equal(logits.float(), model(x[:10])[0].float())
-        first, _ = model.stream(x[10:], state)
-        again, _ = model.stream(x[10:], state)
-        assert torch.equal(first, again) and torch.equal(first.float(), model(x)[0].float())
+        first, again = (model.stream(x[10:], state)[0] for _ in range(2))
+        assert torch.equal(first, again) and torch.equal(first.float(), whole)
+        alone = torch.cat([fed(model, x[:, k : k + 1], 1) for k in range(x.shape[1])])
+        assert torch.equal(alone.float(), whole)
 
 
-@pytest.mark.parametrize(
-    ("neuron", "change", "message"),
-    [
-        ("cnn", lambda m, x, s: m.stream(x), "neuron: a cnn sees all bins at once"),
-        ("gpn", lambda m, x, s: m.train().stream(x), "expected evaluation mode"),
-        ("lif", lambda m, x, s: m.stream(x[0]), r"x: expected \[T, B, C\]"),
-        ("lif", lambda m, x, s: m.stream(x[:0]), "each size at least 1"),
-        ("lif", lambda m, x, s: m.stream(x[:, :2], s), "x: expected the state's 5 rows, got 2"),
-    ],
-)
+@pytest.mark.parametrize(("neuron", "change", "message"), [
+    ("cnn", lambda m, x, s: m.stream(x), "neuron: a cnn sees all bins at once"),
+    ("gpn", lambda m, x, s: m.train().stream(x), "expected evaluation mode"),
+    ("lif", lambda m, x, s: m.stream(x[0]), r"x: expected \[T, B, C\]"),
+    ("lif", lambda m, x, s: m.stream(x[:0]), "each size at least 1"),
+    ("lif", lambda m, x, s: m.stream(x[:, :2], s), "x: expected the state's 5 rows, got 2"),
+])  # fmt: skip
 def test_what_cannot_stream_is_named(neuron, change, message):
     model, x = random_network(neuron, 0)
     state = model.stream(x)[1] if neuron == "lif" else None
@@ -140,14 +131,10 @@ def test_predictions_name_the_likeliest_class_and_sum_to_one(tmp_path, file, cap
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "run", "some.h5"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"neuron": neuron, "readout": readout}
-        for neuron, readout in [("gpn", "last"), ("gpn-no-fitb", "mean"), ("lstm", "mean")]
-    ]
-    + [{"channel_bin": 5, "amp": "bf16", "backend": "triton"}, {"binning": "authors"}],
-)
+@pytest.mark.parametrize("options", [
+    {"readout": "last"}, {"neuron": "gpn-no-fitb"}, {"neuron": "lstm"},
+    {"channel_bin": 5, "amp": "bf16", "backend": "triton"}, {"binning": "authors"},
+])  # fmt: skip
 def test_neither_streaming_nor_the_batch_size_changes_the_output(tmp_path, file, options, capsys):
     command = [str(make_run(tmp_path / "run", **options)), str(file), "--out", "-"]
     texts = []
@@ -173,17 +160,13 @@ def test_a_run_that_the_trainer_left_is_read_and_agrees_with_it(tmp_path, capsys
     assert f"holds 2 seeds: name one, as {run}/seed-1" in capsys.readouterr().err
 
 
-def test_without_names_classes_are_numbers(tmp_path):
-    assert load_run(make_run(tmp_path / "run", None)).class_names == ("0", "1", "2")
-
-
-def test_prediction_leaves_the_run_as_it_was(tmp_path):
-    trained = load_run(make_run(tmp_path / "run"))
+def test_prediction_leaves_the_run_as_it_was_and_classes_without_names_are_numbers(tmp_path):
+    trained = load_run(make_run(tmp_path / "run", None))
+    assert trained.class_names == ("0", "1", "2")
     before = [p.clone() for p in trained.model.parameters()]
     predict.predict(trained, make_store())
     after = list(trained.model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert {p.dtype for p in after} == {torch.float32}
+    assert all(map(torch.equal, after, before)) and {p.dtype for p in after} == {torch.float32}
 
 
 def weights(hidden=(24, 13), **values):
@@ -223,32 +206,30 @@ def test_a_spoiled_run_is_one_line_and_nothing_is_written(
     run = make_run(tmp_path / "run")
     (run / name).unlink() if content is None else (run / name).write_bytes(content)
     assert predict.main([str(run), str(file), "--out", str(tmp_path / "out.csv")]) == 2
+    assert_one_line(capsys, message, tmp_path)
+
+
+def assert_one_line(capsys, message, folder):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "some.h5"]
+    assert sorted(p.name for p in folder.iterdir()) == ["run", "some.h5"]
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ("--device tpu", "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
-        ("--device cuda:99", "device: cuda:99 is not here"),
-        ("--batch-size 0", "batch_size: expected at least 1, got 0"),
-        ("--strem", "unknown option --strem; did you mean --stream?"),
-        ("--out /dev/null/out.csv", "Not a directory"),
-        ("--stream", "a cnn sees all bins at once and cannot stream"),
-        ("none.h5", "found nothing there"),
-        ("run/metrics.jsonl", "begins with b'"),
-    ],
-)
+@pytest.mark.parametrize(("more", "message"), [
+    ("--device tpu", "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
+    ("--batch-size 0", "batch_size: expected at least 1, got 0"),
+    ("--strem", "unknown option --strem; did you mean --stream?"),
+    ("--out /dev/null/out.csv", "Not a directory"),
+    ("--stream", "a cnn sees all bins at once and cannot stream"),
+    ("none.h5", "found nothing there"),
+    ("run/metrics.jsonl", "begins with b'"),
+])  # fmt: skip
 def test_a_wrong_option_or_file_is_one_line(tmp_path, file, more, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run", neuron="cnn" if more == "--stream" else "gpn")
     argv = more.split() if more.endswith((".h5", ".jsonl")) else [str(file), *more.split()]
     assert predict.main(["run", *argv]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "some.h5"]
+    assert_one_line(capsys, message, tmp_path)
 
 
 def test_the_module_is_a_command():
