@@ -29,7 +29,7 @@ from bench.subjects import (
     compare_gradients,
     double_leaves,
     expect,
-)
+)  # fmt: skip
 from gpn_triton import gpn
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
@@ -53,13 +53,9 @@ SUBJECTS = (
 AMP = {str(dtype).removeprefix("torch."): name for name, dtype in build.AMP.items() if name}
 
 
-def event_store(samples: int, channels: int, classes: int, seed: int = 0) -> EventStore:
-    """A data set of uniform events; beyond DISTINCT samples it repeats itself.
-
-    Args:
-        samples: how many, each of EVENTS events within SECONDS. channels, classes: numbers of them.
-    """
-    draw, distinct = np.random.default_rng(seed), min(samples, DISTINCT)
+def event_store(samples: int, channels: int, classes: int) -> EventStore:
+    """Samples of EVENTS uniform events within SECONDS; beyond DISTINCT of them they repeat."""
+    draw, distinct = np.random.default_rng(0), min(samples, DISTINCT)
     times = np.sort(draw.random((distinct, EVENTS), np.float32) * np.float32(SECONDS), 1)
     return EventStore(
         np.resize(times, samples * EVENTS),
@@ -84,20 +80,15 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
         raise Unavailable("CUDA graphs need a GPU")
     kind = subject if subject in ("lif", "lstm", "gru") else "gpn"
     cfg = TrainConfig(
-        hidden=case.hidden,
-        neuron=kind,
-        time_bins=case.T,
-        max_time=SECONDS,
-        batch_size=case.B,
-        amp=AMP.get(case.dtype),
-        backend="torch" if subject == "gpn-torch" else "auto",
+        hidden=case.hidden, neuron=kind, time_bins=case.T, max_time=SECONDS, batch_size=case.B,
+        amp=AMP.get(case.dtype), backend="torch" if subject == "gpn-torch" else "auto",
         checkpoint_every=10 if subject == "gpn-every-10" else None,
         # the torch path's reference is written for a CPU, the loop is the authors' way
         no_graph=subject in ("gpn-no-graph", "gpn-torch", "loop"),
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     model = build.build_model(cfg, case.inputs, case.classes)
-    if kind in ("gpn", "lif"):
+    if kind in SPIKING:
         # as drawn the neurons hardly spike; trained ones do, and the check should see spikes
         with torch.no_grad():
             for linear in model.inputs:
@@ -109,39 +100,12 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
     return Engine(cfg, model.to(device).train(), device)
 
 
-class Training:
-    """A network in training on made-up events, by the engine of the training command.
-
-    Args:
-        case: sizes. subject: one of SUBJECTS. feed: the samples. device: where it trains.
-    Attributes:
-        work: of one sample, forward and backward.
-    Raises:
-        Unavailable: the subject cannot take part here.
-    """
-
-    def __init__(self, case: Case, subject: str, feed: Feed, device: torch.device):
-        self.case, self.feed, self.device = case, feed, device
-        self.engine = engine(case, subject, device)
-        self.engine.start_epoch(feed, 0, 0)
-        draw = torch.Generator(device).manual_seed(0)
-        self.order = torch.randperm(len(feed), generator=draw, device=device)
-        kind, element = self.engine.cfg.neuron, DTYPES[case.dtype].itemsize
-        work = NEURONS[kind].work
-        count = cost.network(work, case.hidden, case.inputs, case.classes, True, element)
-        self.work = count * case.T
-
-    def run(self, steps: int) -> None:
-        """So many training steps, each on the next samples of a random order."""
-        self.feed.start(self.order, 0, self.case.B)
-        for _ in range(steps):
-            self.engine.train_step(self.feed, self.case.B)
-
-
 def steps(
     case: Case, device: torch.device, batches: int, samples: int | None = None
 ) -> Callable[[str], Entry]:
     """A function that prepares a subject by name: so many training steps a call.
+
+    They are those of the training command's engine, each on the next samples of a random order.
 
     Args:
         case: sizes. batches: steps of one call. samples: of the set that they draw from; default:
@@ -154,19 +118,27 @@ def steps(
         return Feed(DeviceEvents(store, device))
 
     def prepare(subject: str) -> Entry:
-        training = Training(case, subject, feed(), device)
-        call = functools.partial(training.run, batches)
+        trainer = engine(case, subject, device)
+        trainer.start_epoch(feed(), 0, 0)
+        draw = torch.Generator(device).manual_seed(0)
+        order = torch.randperm(len(feed()), generator=draw, device=device)
+
+        def run(count: int) -> None:
+            feed().start(order, 0, case.B)
+            for _ in range(count):
+                trainer.train_step(feed(), case.B)
 
         def checked() -> dict[str, Any]:
-            seen = check(training.engine, case, device)
-            training.run(1)
-            if training.engine.graphs.enabled:
+            seen = check(trainer, case, device)
+            run(1)
+            if trainer.graphs.enabled:
                 # the other runs as it is, and the capture: a replay allocates nothing
-                rest = functools.partial(training.run, WARM_RUNS)
-                seen["peak_bytes"] = peak_bytes(rest, device)
+                seen["peak_bytes"] = peak_bytes(functools.partial(run, WARM_RUNS), device)
             return seen
 
-        return Entry(call, checked, training.work * (case.B * batches))
+        work, element = NEURONS[trainer.cfg.neuron].work, DTYPES[case.dtype].itemsize
+        count = cost.network(work, case.hidden, case.inputs, case.classes, True, element)
+        return Entry(functools.partial(run, batches), checked, count * (case.T * case.B * batches))
 
     return prepare
 
