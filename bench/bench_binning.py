@@ -22,41 +22,37 @@ def bench_binning(contest, case, subject, device):
     T, B, C = case.T, case.B, case.inputs
     config = BinningConfig(time_bins=T, max_time=networks.SECONDS)
 
-    @functools.cache
-    def data():
-        store = networks.event_store(SETS * B, C, case.classes)
-        indices = torch.randperm(SETS * B, generator=torch.Generator().manual_seed(0))[:B]
-        return store, indices, numpy_counts(store, indices.tolist())
-
     def numpy_counts(store, samples) -> torch.Tensor:
-        """Counts [T, B, C] float32 by numpy alone, sample by sample."""
+        """Counts [B, T, C] float32 by numpy alone, sample by sample."""
         frames = np.zeros((B, T * C), np.float32)
         for row, k in zip(frames, samples, strict=True):
             span = slice(store.offsets[k], store.offsets[k + 1])
             bins = (store.times[span] * np.float32(T / networks.SECONDS)).astype(np.int64)
             cells = np.minimum(bins, T - 1) * C + store.units[span]
             row += np.bincount(cells, minlength=T * C)
-        return torch.from_numpy(frames.reshape(B, T, C)).transpose(0, 1)
+        return torch.from_numpy(frames.reshape(B, T, C))
+
+    @functools.cache
+    def data():
+        store = networks.event_store(SETS * B, C, case.classes)
+        indices = torch.randperm(SETS * B, generator=torch.Generator().manual_seed(0))[:B]
+        return store, indices, numpy_counts(store, indices.tolist()).transpose(0, 1)
 
     def prepare(name):
         store, indices, expected = data()
         if name == "gpn-bin-batch":
-            events, here = DeviceEvents(store, device), indices.to(device)
-
-            def call():
-                return bin_batch(events, here, config)
-
+            call = functools.partial(
+                bin_batch, DeviceEvents(store, device), indices.to(device), config
+            )
         elif name == "numpy-bincount":
 
             def call():
-                return numpy_counts(store, indices.tolist()).contiguous().to(device)
+                counts = numpy_counts(store, indices.tolist())
+                return counts.transpose(0, 1).contiguous().to(device)
 
         else:
-            frames = (
-                torch.cat([numpy_counts(store, range(a, a + B)) for a in range(0, SETS * B, B)], 1)
-                .transpose(0, 1)
-                .contiguous()
-            )
+            starts = range(0, SETS * B, B)
+            frames = torch.cat([numpy_counts(store, range(a, a + B)) for a in starts])
 
             def call():
                 return frames[indices].to(device).transpose(0, 1)

@@ -7,7 +7,7 @@ of each. It runs on a GPU, and in Triton's interpreter.
 from bench import tuning
 
 KIND = "tuning"
-SUBJECTS = tuning.names
+SUBJECTS = tuning.swept
 
 
 def bench_tuning_forward_backward(contest, case, subject, device):

@@ -7,9 +7,6 @@ adapters for layers of other libraries. All take x [T, B, C] and return what the
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,61 +29,52 @@ def gpn_step(z: Tensor, x: Tensor, v: Tensor, v_reset: Tensor) -> tuple[Tensor, 
     return s, h * (1 - reset) + v_reset * reset + torch.tanh(b)
 
 
-def authors_loop(
-    x: Tensor, linear: tuple[Tensor, Tensor] | None, weight_vx: Tensor, bias: Tensor, v_reset
-) -> Tensor:
+def authors_loop(leaves: dict[str, Tensor], v_reset: Tensor) -> Tensor:
     """GPN as its authors wrote it: every step takes its input product and one product of [v, x].
 
     Args:
-        x [T, B, C]: input. linear: weight [N, C] and bias [N] of the input Linear, or None: x is
-            the current already. weight_vx [4 N, 2 N]: columns of v, then of x. bias [4 N].
+        leaves: x [T, B, C]; linear_weight [N, C] and linear_bias [N] of the input Linear, without
+            which x is the current already; weight_vx [4 N, 2 N]: columns of v, then of x; bias
+            [4 N].
         v_reset [B, N].
     Returns:
         spikes [T, B, N].
     Source: the structure of the authors' published implementation (arXiv 2412.01087).
     """
     v, spikes = v_reset, []
-    for t in range(len(x)):
-        current = x[t] if linear is None else F.linear(x[t], *linear)
-        z = F.linear(torch.cat([v, current], 1), weight_vx, bias)
+    for current in leaves["x"]:
+        if "linear_weight" in leaves:
+            current = F.linear(current, leaves["linear_weight"], leaves["linear_bias"])
+        z = F.linear(torch.cat([v, current], 1), leaves["weight_vx"], leaves["bias"])
         s, v = gpn_step(z, current, v, v_reset)
         spikes.append(s)
     return torch.stack(spikes)
 
 
-def hoisted_step(
-    z: Tensor, x: Tensor, v: Tensor, v_reset: Tensor, weight_v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """gpn_step from weight_x x + bias, z [B, 4 N]."""
-    return gpn_step(torch.addmm(z, v, weight_v.t()), x, v, v_reset)
+def hoisted_loop(compiled: bool):
+    """GPN with weight_x x for all steps in one product before the loop, as a function.
 
-
-def hoisted_loop(
-    current: Tensor,
-    weight_x: Tensor,
-    weight_v: Tensor,
-    bias: Tensor,
-    v_reset: Tensor,
-    step: Callable[..., tuple[Tensor, Tensor]] = hoisted_step,
-) -> Tensor:
-    """GPN with weight_x x for all steps in one product before the loop.
-
-    The product is unbound once: indexing it by t under autograd would cost O(T^2).
+    The product is unbound once: indexing it by t under autograd would cost O(T^2). torch.compile is
+    given the step alone, at the first call: the whole loop unrolled takes minutes at T = 100 and as
+    long again for every other T.
     """
-    v, spikes = v_reset, []
-    for x, z in zip(current.unbind(0), F.linear(current, weight_x, bias).unbind(0), strict=True):
-        s, v = step(z, x, v, v_reset, weight_v)
-        spikes.append(s)
-    return torch.stack(spikes)
 
+    def step(z, x, v, v_reset, weight_v):
+        return gpn_step(torch.addmm(z, v, weight_v.t()), x, v, v_reset)
 
-def compiled_loop() -> Callable[..., Tensor]:
-    """hoisted_loop with torch.compile of its step; compiles at the first call.
+    if compiled:
+        torch._dynamo.reset()
+        step = torch.compile(step, dynamic=False)
 
-    The whole loop unrolled takes minutes to compile at T = 100 and as long again for every other T.
-    """
-    torch._dynamo.reset()
-    return functools.partial(hoisted_loop, step=torch.compile(hoisted_step, dynamic=False))
+    def loop(current, weight_x, weight_v, bias, v_reset):
+        v, spikes = v_reset, []
+        z = F.linear(current, weight_x, bias).unbind(0)
+        for x_t, z_t in zip(current.unbind(0), z, strict=True):
+            s, v = step(z_t, x_t, v, v_reset, weight_v)
+            spikes.append(s)
+        return torch.stack(spikes)
+
+    return loop
 
 
 class LoopGPN(nn.Module):

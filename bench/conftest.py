@@ -32,21 +32,15 @@ _records = pytest.StashKey[list[dict[str, Any]]]()
 class ReplayedClock:
     """The clock that pytest-benchmark reads: each round moves it on by what was measured.
 
-    benchmark.pedantic cannot take the rounds itself. It runs all rounds of a test before the next
-    test begins, so subjects would be measured one after the other and a machine that slows down
-    would slow the last. To run the others in its `setup` would run every subject once for every
-    other. A timer of one's own is what pytest-benchmark documents.
+    benchmark.pedantic runs all rounds of a test before the next test begins, so that subjects would
+    be measured one after the other and a machine that slows down would slow the last. A timer of
+    one's own is what pytest-benchmark documents.
     """
 
     now = 0.0
 
     def __call__(self) -> float:
         return self.now
-
-    def replay(self, seconds: list[float]) -> Callable[[], tuple[tuple[float], dict]]:
-        """A set-up for pedantic that hands one measured round to each of its rounds."""
-        rounds = iter(seconds)
-        return lambda: ((next(rounds),), {})
 
     def advance(self, seconds: float) -> None:
         """The round itself."""
@@ -61,29 +55,16 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("gpn_triton benchmarks")
-    group.addoption(
-        "--size", choices=SIZES, default=None,
-        help="shapes: full (default with a GPU), small (default without) or tiny (a test's)",
-    )  # fmt: skip
-    group.addoption(
-        "--rounds",
-        type=int,
-        default=7,
-        help="least rounds a subject, 0.4 of them where shapes are scaled down (default: 7)",
-    )
-    group.addoption(
+    add = parser.getgroup("gpn_triton benchmarks").addoption
+    add("--size", choices=SIZES, help="shapes: full (with a GPU), small (without) or a test's tiny")
+    add("--rounds", type=int, default=7, help="least rounds a subject, 0.4 of them where scaled")
+    add(
         "--case-seconds", type=float, default=3.0,
         help="go on past --rounds, up to 5 times as many, within so many seconds a case",
     )  # fmt: skip
-    group.addoption(
-        "--budget", type=float, default=math.inf,
-        help="seconds after which no subject is begun (default: no end)",
-    )  # fmt: skip
-    group.addoption("--commit", help="of the tree, where it came without its history")
-    group.addoption(
-        "--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)"
-    )
+    add("--budget", type=float, default=math.inf, help="seconds after which no subject is begun")
+    add("--commit", help="of the tree, where it came without its history")
+    add("--bench-device", help="cpu or cuda (default: cuda where there is one)")
 
 
 def pytest_configure(config):
@@ -174,7 +155,8 @@ def contest(request, benchmark, device, ceilings):
         record["commit"] = request.config.getoption("--commit") or record["commit"]
         benchmark.extra_info.update(record)
         request.config.stash[_records].append(record)
-        benchmark.pedantic(_clock.advance, rounds=len(wall), setup=_clock.replay(wall))
+        rounds = iter(wall)
+        benchmark.pedantic(_clock.advance, rounds=len(wall), setup=lambda: ((next(rounds),), {}))
 
     return run
 

@@ -46,26 +46,18 @@ class Contest:
     """
 
     def __init__(
-        self,
-        case: Case,
-        prepare: Callable[[str], Entry],
-        subjects: Iterable[str],
-        device: torch.device,
-        rounds: int,
-        seconds: float,
-        deadline: float = math.inf,
-    ):
+        self, case: Case, prepare: Callable[[str], Entry], subjects: Iterable[str],
+        device: torch.device, rounds: int, seconds: float, deadline: float = math.inf,
+    ):  # fmt: skip
         self.case, self.device = case, device
         self.failed: dict[str, Exception] = {}
-        self._entries: dict[str, Entry] = {}
-        self._seen: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, tuple[Entry, dict[str, Any]]] = {}
         for name in subjects:
             try:
                 if time.monotonic() > deadline:
                     raise Unavailable("no time left")
                 entry = prepare(name)
-                self._seen[name] = self._try(entry)
-                self._entries[name] = entry
+                self._entries[name] = entry, self._try(entry)
             except Exception as error:
                 # a competitor that breaks is left out and named; ours breaking is a failure
                 known = isinstance(error, (Unavailable, Wrong, torch.OutOfMemoryError))
@@ -78,7 +70,7 @@ class Contest:
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-        calls = {name: entry.call for name, entry in self._entries.items()}
+        calls = {name: entry.call for name, (entry, _) in self._entries.items()}
         self.times = measure.race(calls, device, rounds, seconds) if calls else {}
 
     def _try(self, entry: Entry) -> dict[str, Any]:
@@ -103,17 +95,12 @@ class Contest:
         return "failed", f"{type(error).__name__}: {line}"
 
     def record(self, subject: str, ceilings: machine.Ceilings, **info: Any) -> dict[str, Any]:
-        """What a subject's figures are, of what, on what.
-
-        Args:
-            subject: one that ran. ceilings: of the device. info: what else the record shall hold.
-        """
-        case, times, count = self.case, self.times[subject], self._entries[subject].count
-        floor = cost.floor_seconds(count, ceilings)
+        """What the figures of a subject that ran are, of what, on what, and `info` beside them."""
+        case, times, (entry, seen) = self.case, self.times[subject], self._entries[subject]
+        count, floor = entry.count, 1e3 * cost.floor_seconds(entry.count, ceilings)
         ours = [s for s in ("gpn-triton", *self.times) if s.startswith("gpn")]
         first = next((s for s in ours if s in self.times), None)
         wall = measure.summary(times.wall)
-        device = measure.summary(times.device)["median_ms"] if times.device else None
         # of one's time over another's, taken next to each other
         ratios = first and map(operator.truediv, times.wall, self.times[first].wall)
         return {
@@ -125,13 +112,13 @@ class Contest:
             "full": list(case.full),
             "rounds": len(times.wall),
             **wall,
-            "device_median_ms": device,
+            "device_median_ms": 1e3 * statistics.median(times.device) if times.device else None,
             **{key: getattr(count, key) for key in ("flops", "serial_flops", "bytes")},
-            "floor_ms": 1e3 * floor,
-            "fraction_of_floor": 1e3 * floor / wall["median_ms"],
+            "floor_ms": floor,
+            "fraction_of_floor": floor / wall["median_ms"],
             "ceilings": vars(ceilings),
             "time_relative_to": first,
             "time_ratio": statistics.median(ratios) if first else None,
-            **self._seen[subject],
+            **seen,
             **info,
         }

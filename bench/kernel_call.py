@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,15 +21,10 @@ STRATEGIES = ("persistent", "stepwise")
 
 
 def choose_plan(
-    T: int,
-    B: int,
-    N: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    strategy: str,
+    sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, strategy: str,
     tile: tiles.Tile | None = None,
-) -> tiles.Plan:
-    """The plan of a layer of the full neuron on a device, with a tile instead of those chosen.
+) -> tiles.Plan:  # fmt: skip
+    """The plan of a layer (T, B, N) of the full neuron, with a tile instead of those chosen.
 
     Raises:
         Unavailable: the layer cannot run by the strategy.
@@ -38,7 +32,7 @@ def choose_plan(
     limits = machine.kernel_limits() if device.type == "cuda" else {}
     limits["precision"] = machine.float32_precision()
     try:
-        plan = tiles.choose(T, B, N, dtype, GATES["full"], strategy=strategy, **limits)
+        plan = tiles.choose(*sizes, dtype, GATES["full"], strategy=strategy, **limits)
     except ValueError as error:
         raise Unavailable(str(error)) from None
     return plan if tile is None else replace(plan, forward=tile, backward=tile)
@@ -63,29 +57,25 @@ class KernelCall(Call):
         from gpn_triton.kernels.gpn_backward import gpn_backward
         from gpn_triton.kernels.gpn_forward import gpn_forward
 
-        plan = choose_plan(*problem.x.shape, problem.dtype, problem.device, strategy, tile)
+        plan = choose_plan(problem.x.shape, problem.dtype, problem.device, strategy, tile)
         gates, leaves = GATES["full"], {"x": problem.x, **problem.weights}
         tensors = (*leaves.values(), problem.v_reset)
-        forward = functools.partial(
-            gpn_forward, *tensors, problem.v_reset, gates, int(backward), False, plan
+        cotangent = problem.cotangent if backward else None
+        super().__init__(
+            lambda: gpn_forward(*tensors, problem.v_reset, gates, int(backward), False, plan),
+            leaves, cotangent,
+        )  # fmt: skip
+        # gradients of x, weight_x, weight_v, bias, v0
+        self._backward = lambda v_saved, bits: gpn_backward(
+            cotangent, None, *tensors, bits, v_saved, gates, "atan", 2.0, 1, False, plan
         )
-        super().__init__(forward, leaves, problem.cotangent if backward else None)
-        self._backward = functools.partial(gpn_backward, self.cotangent, None, *tensors)
-        self._options = (gates, "atan", 2.0, 1, False, plan)
         self._gradients: dict[str, Tensor] = {}
 
     def __call__(self) -> None:
         self.clear()
-        saved = self.forward()
+        self.out, _, *saved = self.forward()
         if self.cotangent is not None:
-            # the gradient of v0 comes last
-            self._gradients = dict(zip(self.leaves, self.backward(saved), strict=False))
-        self.out = saved[0]
-
-    def backward(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Gradients of x, weight_x, weight_v, bias, v0 from what forward returned."""
-        _, _, v_saved, bits = saved
-        return self._backward(bits, v_saved, *self._options)
+            self._gradients = dict(zip(self.leaves, self._backward(*saved), strict=False))
 
     def clear(self) -> None:
         """Let go of the last call's result and gradients."""

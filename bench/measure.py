@@ -26,7 +26,7 @@ class Call:
         cotangent: gradient of the result; None: forward only, without autograd.
         autocast: a half type to compute in, or None.
     Attributes:
-        out: the last call's result, detached.
+        out: the last call's result, detached. dtype: what its products run in.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Call:
         autocast: torch.dtype | None = None,
     ):
         self.forward, self.leaves, self.cotangent = forward, leaves, cotangent
-        self.device = next(iter(leaves.values())).device
-        self.autocast = autocast
+        self.device, self.autocast = leaves["x"].device, autocast
+        self.dtype = autocast or leaves["x"].dtype
         self.out: Tensor | None = None
 
     def __call__(self) -> None:
@@ -67,16 +67,16 @@ class GraphedCall:
     """A call captured once as a CUDA graph; calling replays it.
 
     Attributes:
-        call: what was captured.
+        call: what was captured; its result and gradients are in the same memory every time.
         peak_bytes: memory the graph holds, counted while it was captured (a replay allocates none).
     """
 
-    def __init__(self, call: Callable[[], object], device: torch.device):
+    def __init__(self, call: Call, device: torch.device):
         self.call, self.graphs = call, Graphs(device, True)
+        self.gradients = call.gradients
         for _ in range(WARM_RUNS):
             self()
-        if isinstance(call, Call):
-            call.clear()
+        call.clear()
         # the next run captures, then replays
         self.peak_bytes = _allocated(self, device)
 
@@ -85,12 +85,8 @@ class GraphedCall:
 
     @property
     def out(self) -> Tensor:
-        """The last replay's result, in the same memory every time."""
+        """The last replay's result."""
         return self.call.out
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The last replay's gradients by leaf."""
-        return self.call.gradients()
 
 
 @dataclass
@@ -120,10 +116,7 @@ def timed(call: Callable[[], object], device: torch.device, times: Times, repeat
 
 
 def race(
-    calls: dict[str, Callable[[], object]],
-    device: torch.device,
-    rounds: int,
-    seconds: float,
+    calls: dict[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
 ) -> dict[str, Times]:
     """Time calls in turns, A B C B C A C A B ..., so that a noisy machine is noisy for all.
 
@@ -135,12 +128,10 @@ def race(
     Returns:
         Every round's times by name; round k of one and of another were taken next to each other.
     """
-    results = {name: Times() for name in calls}
-    repeats = dict.fromkeys(calls, 1)
+    results, repeats = {name: Times() for name in calls}, dict.fromkeys(calls, 1)
     if device.type == "cuda":
         for name, call in calls.items():
-            warm = Times()
-            timed(call, device, warm)
+            timed(call, device, warm := Times())
             repeats[name] = max(1, int(STRETCH_SECONDS / warm.device[0]))
     names, start = list(calls), time.perf_counter()
     for turn in range(5 * rounds):
@@ -194,22 +185,18 @@ def held_bytes(call: Call) -> tuple[int, int]:
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         # the tensor itself would hold its own graph alive where it is the result
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
-
-    def without(*names: str) -> None:
-        for name in names:
-            held.pop(call.leaves[name].untyped_storage().data_ptr(), None)
-
-    without(*(name for name in call.leaves if name != "x"))
+    for name, leaf in call.leaves.items():
+        if name != "x":
+            held.pop(leaf.untyped_storage().data_ptr(), None)
     whole = sum(held.values())
-    without("x")
-    held.pop(call.out.untyped_storage().data_ptr(), None)
+    for tensor in (call.leaves["x"], call.out):
+        held.pop(tensor.untyped_storage().data_ptr(), None)
     return whole, sum(held.values())
 
 

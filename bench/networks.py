@@ -29,7 +29,7 @@ from bench.subjects import (
     compare_gradients,
     double_leaves,
     expect,
-)
+)  # fmt: skip
 from gpn_triton import gpn
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.feed import Feed
@@ -53,13 +53,9 @@ SUBJECTS = (
 AMP = {str(dtype).removeprefix("torch."): name for name, dtype in build.AMP.items() if name}
 
 
-def event_store(samples: int, channels: int, classes: int, seed: int = 0) -> EventStore:
-    """A data set of uniform events; beyond DISTINCT samples it repeats itself.
-
-    Args:
-        samples: how many, each of EVENTS events within SECONDS. channels, classes: numbers of them.
-    """
-    draw, distinct = np.random.default_rng(seed), min(samples, DISTINCT)
+def event_store(samples: int, channels: int, classes: int) -> EventStore:
+    """Samples of EVENTS uniform events within SECONDS; beyond DISTINCT of them they repeat."""
+    draw, distinct = np.random.default_rng(0), min(samples, DISTINCT)
     times = np.sort(draw.random((distinct, EVENTS), np.float32) * np.float32(SECONDS), 1)
     return EventStore(
         np.resize(times, samples * EVENTS),
@@ -84,20 +80,15 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
         raise Unavailable("CUDA graphs need a GPU")
     kind = subject if subject in ("lif", "lstm", "gru") else "gpn"
     cfg = TrainConfig(
-        hidden=case.hidden,
-        neuron=kind,
-        time_bins=case.T,
-        max_time=SECONDS,
-        batch_size=case.B,
-        amp=AMP.get(case.dtype),
-        backend="torch" if subject == "gpn-torch" else "auto",
+        hidden=case.hidden, neuron=kind, time_bins=case.T, max_time=SECONDS, batch_size=case.B,
+        amp=AMP.get(case.dtype), backend="torch" if subject == "gpn-torch" else "auto",
         checkpoint_every=10 if subject == "gpn-every-10" else None,
         # the torch path's reference is written for a CPU, the loop is the authors' way
         no_graph=subject in ("gpn-no-graph", "gpn-torch", "loop"),
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     model = build.build_model(cfg, case.inputs, case.classes)
-    if kind in ("gpn", "lif"):
+    if kind in SPIKING:
         # as drawn the neurons hardly spike; trained ones do, and the check should see spikes
         with torch.no_grad():
             for linear in model.inputs:
@@ -113,6 +104,8 @@ def steps(
     case: Case, device: torch.device, batches: int, samples: int | None = None
 ) -> Callable[[str], Entry]:
     """A function that prepares a subject by name: so many training steps a call.
+
+    They are those of the training command's engine, each on the next samples of a random order.
 
     Args:
         case: sizes. batches: steps of one call. samples: of the set from which they draw; default:
@@ -143,15 +136,12 @@ def steps(
             run(1)
             if trainer.graphs.enabled:
                 # the other runs as it is, and the capture: a replay allocates nothing
-                rest = functools.partial(run, WARM_RUNS)
-                seen["peak_bytes"] = peak_bytes(rest, device)
+                seen["peak_bytes"] = peak_bytes(functools.partial(run, WARM_RUNS), device)
             return seen
 
-        kind, element = trainer.cfg.neuron, DTYPES[case.dtype].itemsize
-        work = NEURONS[kind].work
+        work, element = NEURONS[trainer.cfg.neuron].work, DTYPES[case.dtype].itemsize
         count = cost.network(work, case.hidden, case.inputs, case.classes, True, element)
-        call = functools.partial(run, batches)
-        return Entry(call, checked, count * (case.T * case.B * batches))
+        return Entry(functools.partial(run, batches), checked, count * (case.T * case.B * batches))
 
     return prepare
 

@@ -62,39 +62,27 @@ class Layer:
         return replace(plan, forward_steps=0, backward_steps=0, reason="")
 
 
-def paper_layers() -> list[Layer]:
-    """The full neuron at a batch of 256: every size, dtype and capability."""
-    return [
-        Layer(N, *numbers, capability)
-        for capability in CAPABILITIES
-        for numbers in NUMBERS
-        for N in SIZES
-    ]
+def all_layers() -> list[Layer]:
+    """What the table holds.
 
-
-def other_layers() -> list[Layer]:
-    """Every other tile, variant, option and surrogate, each at sizes of both strategies.
-
-    bfloat16 has the tiles and, but for the type of x, the code of float16.
+    First the full neuron at a batch of 256: every size, dtype and capability. Then every other
+    tile, variant, option and surrogate, each at sizes of both strategies; bfloat16 has the tiles
+    and, but for the type of x, the code of float16.
     """
-    layers = []
-    kinds = [numbers for numbers in NUMBERS if numbers[0] != "bfloat16"]
-    for capability, numbers in itertools.product(CAPABILITIES, kinds):
+    each = itertools.product
+    layers = [Layer(N, *kind, sm) for sm, kind, N in each(CAPABILITIES, NUMBERS, SIZES)]
+    options = [{"variant": v} for v in GATES if v != "full"]
+    options += [{"mean": True}, {"every": 10}, {"mean": True, "every": 10}]
+    for sm, kind in each(CAPABILITIES, [n for n in NUMBERS if n[0] != "bfloat16"]):
         # the batch changes the tiles of the stepwise strategy
-        seen = {Layer(256, *numbers, capability).plan()}
-        for N, B in itertools.product((256, 1024), BATCHES):
-            layer = Layer(N, *numbers, capability, B=B)
+        seen = {Layer(256, *kind, sm).plan()}
+        for N, B in each((256, 1024), BATCHES):
+            layer = Layer(N, *kind, sm, B=B)
             if layer.plan() not in seen:
                 seen.add(layer.plan())
                 layers.append(layer)
-        for N in (64, 128, 256):
-            layer = Layer(N, *numbers, capability)
-            layers += [replace(layer, variant=v) for v in GATES if v != "full"]
-            layers += [
-                replace(layer, mean=mean, every=every)
-                for mean, every in ((True, 1), (False, 10), (True, 10))
-            ]
-        layers += [Layer(128, *numbers, capability, surrogate=s) for s in SURROGATES if s != "atan"]
+        layers += [replace(Layer(N, *kind, sm), **o) for N, o in each((64, 128, 256), options)]
+        layers += [Layer(128, *kind, sm, surrogate=s) for s in SURROGATES if s != "atan"]
     return layers
 
 
@@ -132,25 +120,29 @@ def faults(report: Report, capability: int) -> list[str]:
 def row(layer: Layer, reports: list[Report]) -> dict[str, object]:
     """A layer's line of the table: the most that any of its kernels takes."""
     wrong = [f"{name(r)}: {fault}" for r in reports for fault in faults(r, layer.capability)]
-    forward = layer.plan().forward
+    plan, tile = layer.plan(), layer.plan().forward
+
+    def most(field: str) -> int:
+        return max(getattr(report, field) for report in reports)
+
     return {
         "variant": layer.variant,
         "N": layer.N,
         "B": layer.B,
         "products": layer.precision if layer.dtype == "float32" else layer.dtype,
         "sm": layer.capability,
-        "strategy": layer.plan().strategy,
-        "forward tile": f"{forward.BLOCK_B}x{forward.BLOCK_N}x{forward.BLOCK_K}",
+        "strategy": plan.strategy,
+        "forward tile": f"{tile.BLOCK_B}x{tile.BLOCK_N}x{tile.BLOCK_K}",
         "output": "mean" if layer.mean else "spikes",
         "v saved every": layer.every,
         "surrogate": layer.surrogate,
         "kernels": len(reports),
-        "registers": max(r.registers for r in reports),
-        "shared KiB": max(r.shared_bytes for r in reports) >> 10,
+        "registers": most("registers"),
+        "shared KiB": most("shared_bytes") >> 10,
         "spills": sum(r.local_accesses for r in reports),
-        "mma": max(r.mma for r in reports),
-        "loop instructions": max(r.loop_instructions for r in reports),
-        "loop barriers": max(r.loop_barriers for r in reports),
+        "mma": most("mma"),
+        "loop instructions": most("loop_instructions"),
+        "loop barriers": most("loop_barriers"),
         "faults": "; ".join(wrong) or "-",
     }
 
@@ -173,7 +165,7 @@ def write_results(path: Path) -> int:
 
     The progress goes to standard error.
     """
-    rows, layers = [], paper_layers() + other_layers()
+    rows, layers = [], all_layers()
     for k, layer in enumerate(layers):
         print(f"\r{k + 1}/{len(layers)} {layer}", end="\x1b[K", file=sys.stderr, flush=True)
         rows.append(row(layer, layer.compile()[1]))
@@ -210,15 +202,20 @@ def main() -> None:
     """Compile one layer and print a line per kernel, or everything and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--N", type=int, help="one layer of so many neurons instead of all")
-    parser.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--capability", type=int, default=90, choices=SHARED_BYTES)
-    parser.add_argument("--variant", default="full", choices=GATES)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the tables go")
+    choices = {
+        "dtype": ["float16", "bfloat16", "float32"],
+        "capability": [90, 80],
+        "variant": list(GATES),
+        "precision": ["ieee", "tf32"],
+        "surrogate": list(SURROGATES),
+    }
+    for option, values in choices.items():
+        usual = getattr(Layer, option)
+        parser.add_argument(f"--{option}", type=type(usual), default=usual, choices=values)
     parser.add_argument("--B", type=int, default=256)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--mean", action="store_true")
-    parser.add_argument("--precision", default="ieee", choices=["ieee", "tf32"])
-    parser.add_argument("--surrogate", default="atan", choices=SURROGATES)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the tables go")
     options = vars(parser.parse_args())
     out = options.pop("out")
     if options["N"] is None:

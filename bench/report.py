@@ -30,8 +30,6 @@ Record = dict[str, Any]
 def read(path: Path) -> dict[str, Any]:
     """Read a record file of `pytest bench/ --benchmark-only --benchmark-json=FILE`.
 
-    Args:
-        path: the file.
     Returns:
         The file's contents; each benchmark's `extra_info` additionally holds `group` and `rounds`.
     Raises:
@@ -42,9 +40,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         for benchmark in contents["benchmarks"]:
-            benchmark["extra_info"]["group"] = benchmark["group"]
-            benchmark["extra_info"]["rounds"] = benchmark["stats"]["rounds"]
-            benchmark["extra_info"]["median_ms"]
+            info, rounds = benchmark["extra_info"], benchmark["stats"]["rounds"]
+            info |= {"group": benchmark["group"], "rounds": rounds, "median_ms": info["median_ms"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a record of these benchmarks: {error!r}") from None
     return contents
@@ -77,6 +74,19 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[object]], left: int
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _pace(r: Record) -> dict[str, float]:
+    """What a record's times come to, where it makes sense: of a step, a sample, an epoch."""
+    found = {}
+    if r["device_median_ms"] is not None and r["mode"].startswith("forward"):
+        found["us a step"] = 1e3 * r["device_median_ms"] / r["T"]
+    if "samples" in r:
+        found["samples/s"] = 1e3 * r["samples"] / r["median_ms"]
+        # an epoch of the whole set, where the shape is the set's
+        if r.get("samples_of_full") and not r["scaled"]:
+            found["s an epoch"] = r["samples_of_full"] / found["samples/s"]
+    return found
+
+
 def table(group: list[Record]) -> str:
     """A Markdown table of the subjects of one case, the fastest first."""
     columns: dict[str, Callable[[Record], str]] = {
@@ -84,7 +94,7 @@ def table(group: list[Record]) -> str:
         "median ms": lambda r: _number(r["median_ms"]),
         "quartiles ms": lambda r: f"{_number(r['low_ms'])}–{_number(r['high_ms'])}",
         "device ms": lambda r: _number(r["device_median_ms"]),
-        "us a step": lambda r: _number(_step_us(r)),
+        "us a step": lambda r: _number(_pace(r).get("us a step")),
         "x ours": lambda r: _number(r["time_ratio"]),
         "peak MiB": lambda r: _number(r["peak_bytes"], unit=MIB),
         "held MiB": lambda r: _number(r["held_bytes"], unit=MIB),
@@ -93,8 +103,8 @@ def table(group: list[Record]) -> str:
         "floor ms": lambda r: _number(r["floor_ms"]),
         "% of floor": lambda r: _number(100 * r["fraction_of_floor"]),
         "spikes a step": lambda r: _number(r.get("spikes_a_step")),
-        "samples/s": lambda r: _number(_samples_per_second(r), 4),
-        "s an epoch": lambda r: _number(_epoch_seconds(r)),
+        "samples/s": lambda r: _number(_pace(r).get("samples/s"), 4),
+        "s an epoch": lambda r: _number(_pace(r).get("s an epoch")),
         "rounds": lambda r: str(r["rounds"]),
     }
     group = sorted(group, key=lambda r: r["median_ms"])
@@ -102,23 +112,6 @@ def table(group: list[Record]) -> str:
     # some of these mean something for some kinds, and on a GPU, alone
     shown = {name: column for name, column in cells.items() if set(column) != {DASH}}
     return markdown(shown, zip(*shown.values(), strict=True), left=1)
-
-
-def _step_us(r: Record) -> float | None:
-    """Microseconds of the device a time step, of a layer."""
-    if r["device_median_ms"] is None or not r["mode"].startswith("forward"):
-        return None
-    return 1e3 * r["device_median_ms"] / r["T"]
-
-
-def _samples_per_second(r: Record) -> float | None:
-    return 1e3 * r["samples"] / r["median_ms"] if "samples" in r else None
-
-
-def _epoch_seconds(r: Record) -> float | None:
-    """Seconds that an epoch of the whole set takes at this pace, where the shape is the set's."""
-    full = 0 if r["scaled"] else r.get("samples_of_full", 0)
-    return full / _samples_per_second(r) if full else None
 
 
 def describe(r: Record) -> str:
@@ -145,22 +138,18 @@ def section(path: Path, contents: dict[str, Any], plots: dict[str, Path]) -> str
     found = records(contents)
     if not found:
         return f"## {path.stem}\n\nNothing ran.\n"
-    first = found[0]
+    first, rate = found[0], found[0]["ceilings"]
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v)
-    rate = first["ceilings"]
-    lines = [
+    parts = [
         f"## {path.stem}",
-        "",
         f"{first['device']}, {first['threads']} threads; {versions}; commit {first['commit']}; "
-        f"{contents['datetime'][:16]}.",
+        f"{contents['datetime'][:16]}.\n"
         f"Ceilings: {rate['flops_per_s'] / 1e12:.3g} TFLOP/s, {rate['bytes_per_s'] / 1e9:.4g} GB/s "
         f"({rate['source']}).",
-        "",
     ]
     for name, group in by_group(found).items():
-        lines += [f"### {name}", "", describe(group[0]) + ".", "", table(group), ""]
-    for name, plot in plots.items():
-        lines += [f"![{name}]({plot.name})", ""]
+        parts += [f"### {name}", describe(group[0]) + ".", table(group)]
+    parts += [f"![{name}]({plot.name})" for name, plot in plots.items()]
     reasons = Counter(
         (left["subject"], left["outcome"], left["reason"]) for left in contents.get("left_out", [])
     )
@@ -169,8 +158,8 @@ def section(path: Path, contents: dict[str, Any], plots: dict[str, Path]) -> str
             (subject, reason if outcome == "skipped" else f"**{outcome}**: {reason}", n)
             for (subject, outcome, reason), n in sorted(reasons.items())
         ]
-        lines += ["### Left out", "", markdown(("subject", "why", "cases"), rows, left=2), ""]
-    return "\n".join(lines)
+        parts += ["### Left out", markdown(("subject", "why", "cases"), rows, left=2)]
+    return "\n\n".join(parts) + "\n"
 
 
 def draw(path: Path, found: list[Record]) -> dict[str, Path]:
@@ -183,58 +172,50 @@ def draw(path: Path, found: list[Record]) -> dict[str, Path]:
     from matplotlib.figure import Figure
 
     drawn = {}
-    for name in PLOTS if found else ():
-        lines = _lines(name, found)
-        if not lines:
+    for name in PLOTS:
+        what, axis = name.split(" against ")
+        # forward and backward, in the record's first dtype; a case of a recurrence is named for the
+        # one size that it varies
+        chosen = [
+            r
+            for r in found
+            if r["mode"] == "forward+backward" and r["dtype"] == found[0]["dtype"]
+            if r["kind"] == ("long_sequence" if axis == "T" else "recurrence")
+            if axis == "T" or re.fullmatch(rf"{axis}\d+(-[a-z]+\d+)?", r["case"])
+        ]
+        if not chosen:
             continue
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        for subject, points in sorted(lines.items()):
+        for subject in sorted({r["subject"] for r in chosen}):
+            points = sorted(
+                (
+                    r["hidden"][0] if axis == "N" else r[axis],
+                    r["peak_bytes"] / MIB if what == "memory" else r["median_ms"],
+                )
+                for r in chosen
+                if r["subject"] == subject
+            )
             width = 2.2 if subject.startswith("gpn") else 1.2
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=subject, linewidth=width)
-        axes.set_xlabel({"T": "time bins T", "N": "neurons N", "B": "batch B"}[name[-1]])
-        axes.set_ylabel("peak MiB" if name.startswith("memory") else "median ms")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+            axes.plot(*zip(*points, strict=True), "o-", label=subject, linewidth=width)
+        scaled = ", scaled-down shapes" if any(r["scaled"] for r in found) else ""
+        axes.set(
+            xlabel={"T": "time bins T", "N": "neurons N", "B": "batch B"}[axis], xscale="log",
+            ylabel="peak MiB" if what == "memory" else "median ms", yscale="log",
+        )  # fmt: skip
+        axes.set_title(f"{name}: {found[0]['device']}{scaled}", fontsize=9)
         axes.grid(True, which="major", linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
-        scaled = ", scaled-down shapes" if any(r["scaled"] for r in found) else ""
-        axes.set_title(f"{name}: {found[0]['device']}{scaled}", fontsize=9)
         drawn[name] = path.with_name(f"{path.stem}-{name.replace(' ', '-')}.png")
         figure.savefig(drawn[name], dpi=110)
     return drawn
 
 
-def _lines(name: str, found: list[Record]) -> dict[str, list[tuple[float, float]]]:
-    """Points of one plot by subject; forward and backward, in the record's first dtype."""
-    what, axis = name.split(" against ")
-    kind = "long_sequence" if axis == "T" else "recurrence"
-    # a case is named for the one size that it varies
-    chosen = [
-        r
-        for r in found
-        if r["mode"] == "forward+backward"
-        and r["dtype"] == found[0]["dtype"]
-        and r["kind"] == kind
-        and (axis == "T" or re.fullmatch(rf"{axis}\d+(-[a-z]+\d+)?", r["case"]))
-    ]
-    x = {"T": lambda r: r["T"], "N": lambda r: r["hidden"][0], "B": lambda r: r["B"]}[axis]
-    y = (lambda r: r["peak_bytes"] / MIB) if what == "memory" else (lambda r: r["median_ms"])
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for r in chosen:
-        lines.setdefault(r["subject"], []).append((x(r), y(r)))
-    return lines
-
-
 def render(folder: Path) -> Path:
-    """Write README.md and plots from every record file in a folder.
+    """Write README.md and plots from every record file in a folder; returns the page.
 
-    Args:
-        folder: holds the JSON records, and gets the pages.
-    Returns:
-        The page.
     Raises:
         FileNotFoundError: no record there.
     """
@@ -282,34 +263,32 @@ def compare(
     if not before.keys() & after.keys():
         raise ValueError("the records have no benchmark in common")
     lines, regressions = [], []
-
-    def note(kind: str, was: Record, what: str, worse: bool = False) -> None:
-        lines.append(f"{kind:11} {was['group']}: {was['subject']}{what}")
-        if worse and was["subject"].startswith("gpn"):
-            regressions.append(lines[-1])
-
     failed = {
         (left["group"], left["subject"]): left["reason"]
         for left in new.get("left_out", [])
         if left["outcome"] == "failed"
     }
     for key, was in before.items():
-        if key not in after:
+
+        def note(kind: str, what: str, worse: bool, was: Record = was) -> None:
+            lines.append(f"{kind:11} {was['group']}: {was['subject']}{what}")
+            if worse and was["subject"].startswith("gpn"):
+                regressions.append(lines[-1])
+
+        if (now := after.get(key)) is None:
             reason = failed.get((was["group"], was["subject"]))
-            note("failed" if reason else "gone", was, f": {reason}" if reason else "", bool(reason))
+            note("failed" if reason else "gone", f": {reason}" if reason else "", bool(reason))
             continue
-        now = after[key]
         ratio = now["median_ms"] / was["median_ms"]
         slower = ratio > 1 + threshold and now["low_ms"] > was["high_ms"]
-        faster = ratio < 1 - threshold and now["high_ms"] < was["low_ms"]
-        if slower or faster:
+        if slower or (ratio < 1 - threshold and now["high_ms"] < was["low_ms"]):
             times = f": {_number(was['median_ms'])} -> {_number(now['median_ms'])} ms"
-            note("slower" if slower else "faster", was, f"{times} (x {ratio:.2f})", slower)
+            note("slower" if slower else "faster", f"{times} (x {ratio:.2f})", slower)
         for field in ("peak_bytes", "held_bytes"):
-            if was[field] and now[field] and abs(now[field] / was[field] - 1) > MEMORY_THRESHOLD:
-                more = now[field] > was[field]
-                memory = f": {field} {was[field] / MIB:.3g} -> {now[field] / MIB:.3g} MiB"
-                note("more memory" if more else "less memory", was, memory, more)
+            a, b = was[field], now[field]
+            if a and b and abs(b / a - 1) > MEMORY_THRESHOLD:
+                memory = f": {field} {a / MIB:.3g} -> {b / MIB:.3g} MiB"
+                note("more memory" if b > a else "less memory", memory, b > a)
     return lines, regressions
 
 
@@ -322,14 +301,11 @@ def main(argv: list[str] | None = None) -> int:
         epilog="exit status of --compare: 0 no regression of this project's own subjects, 1 a "
         "regression beyond the spread or more memory, 2 nothing to compare",
     )
-    parser.add_argument("dir", nargs="?", type=Path, metavar="DIR", help="holds the records")
-    parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("OLD.json", "NEW.json"), help="two records"
-    )
-    parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, metavar="SHARE",
-        help=f"least change of a median that counts (default: {THRESHOLD})",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("dir", nargs="?", type=Path, metavar="DIR", help="holds the records")
+    add("--compare", nargs=2, type=Path, metavar=("OLD.json", "NEW.json"), help="two records")
+    shown = f"least change of a median that counts (default: {THRESHOLD})"
+    add("--threshold", type=float, default=THRESHOLD, metavar="SHARE", help=shown)
     options = parser.parse_args(argv)
     if (options.dir is None) == (options.compare is None):
         parser.error("expected either DIR or --compare OLD.json NEW.json")

@@ -23,11 +23,10 @@ from bench.cases import Case
 from bench.competitors import (
     Unavailable,
     authors_loop,
-    compiled_loop,
     flashrnn_lstm,
     hoisted_loop,
     spikingjelly_lif,
-)
+)  # fmt: skip
 from bench.kernel_call import STRATEGIES, KernelCall
 from bench.measure import Call, GraphedCall
 from gpn_triton import gpn
@@ -150,11 +149,12 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     graphed = subject.endswith("-graph") or (launches and problem.device.type == "cuda")
     if graphed and problem.device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
-    kind, call, module = _build(problem, subject.removesuffix("-graph"), backward)
+    build = _ann if "lstm" in subject or subject == "gru" else _spiking
+    kind, call, module = build(problem, subject.removesuffix("-graph"), backward)
     case, projects = problem.case, problem.projects
-    element = 4 if call_dtype(call) == torch.float32 else 2
     # without an input Linear x is a layer's output, and gets a gradient
     inputs = case.inputs if projects else None
+    element = call.dtype.itemsize
     count = cost.layer(NEURONS[kind].work, case.N, inputs, backward, not projects, element)
     runs = GraphedCall(call, problem.device) if graphed else call
     check = functools.partial(_check, problem, runs, kind, module)
@@ -169,115 +169,76 @@ def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str],
     return lambda subject: prepare(problem(), subject, backward)
 
 
-def call_dtype(call: Call) -> torch.dtype:
-    """The dtype a call's products run in."""
-    return call.autocast or call.leaves["x"].dtype
+def _spiking(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, None]:
+    """Kind and call of a spiking layer, which the reference specifies."""
+    case, device, v_reset = problem.case, problem.device, problem.v_reset
+    family, _, how = subject.partition("-")
+    if family == "gpn" and how in STRATEGIES:
+        if problem.projects:
+            raise Unavailable("the kernels alone are timed without an input Linear")
+        return "gpn", KernelCall(problem, how, backward), None
+    kind = "lif" if subject.endswith("lif") else "gpn"
+    leaves = problem.leaves([n for n in problem.weights if kind == "gpn" or "linear" in n])
 
+    def layer(run: Callable[..., Tensor]) -> tuple[str, Call, None]:
+        """Of a function of the current and, of a GPN, its gates' weights."""
+        half = None if problem.dtype == torch.float32 else problem.dtype
+        names = GATE_WEIGHTS if kind == "gpn" else ()
 
-def _build(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, Any]:
-    """Kind of layer, the call, and for other layers than GPN the module that specifies it."""
-    device = problem.device
-    half = None if problem.dtype == torch.float32 else problem.dtype
-    cotangent = problem.cotangent if backward else None
-    if subject.startswith("gpn-"):
-        _, backend, *every = subject.split("-")
-        if backend in STRATEGIES:
-            if problem.projects:
-                raise Unavailable("the kernels alone are timed without an input Linear")
-            return "gpn", KernelCall(problem, backend, backward), None
-        leaves = problem.leaves()
+        def forward() -> Tensor:
+            return run(problem.current(leaves), *(leaves[name] for name in names))
+
+        forward = functools.partial(run, leaves) if subject == "authors" else forward
+        return kind, Call(forward, leaves, problem.cotangent if backward else None, half), None
+
+    if family == "gpn":
+        backend, *every = how.split("-")
         if backend == "triton" and device.type != "cuda":
             raise Unavailable("the Triton kernels need a GPU")
-        if backend == "torch" and device.type == "cuda" and problem.case.T > 1000:
+        if backend == "torch" and device.type == "cuda" and case.T > 1000:
             raise Unavailable("the torch path is for the CPU; up to T = 1000 on a GPU")
-
-        def forward() -> Tensor:
-            return gpn(
-                problem.current(leaves), *(leaves[name] for name in GATE_WEIGHTS),
-                problem.v_reset, backend=backend, checkpoint_every=int(every[1]) if every else None,
-            )[0]  # fmt: skip
-
-        return "gpn", Call(forward, leaves, cotangent, half), None
-    if subject in LOOPS:
-        return "gpn", _loop(problem, subject, cotangent, half), None
-    if subject in ("lif", "spikingjelly-lif"):
-        leaves = problem.leaves([n for n in problem.weights if n.startswith("linear")])
-        node = None if subject == "lif" else spikingjelly_lif(device)
-
-        def forward() -> Tensor:
-            current = problem.current(leaves)
-            if node is None:
-                return reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)[0]
-            node.reset()
-            return node(current)
-
-        return "lif", Call(forward, leaves, cotangent, half), None
-    return _ann(problem, subject, cotangent)
-
-
-def _loop(problem: Problem, subject: str, cotangent: Tensor | None, half) -> Call:
-    """GPN step by step under autograd, in one of four forms."""
-    leaves, v_reset = problem.leaves(), problem.v_reset
+        options = {"backend": backend, "checkpoint_every": int(every[1]) if every else None}
+        return layer(lambda *inputs: gpn(*inputs, v_reset, **options)[0])
+    if subject == "lif":
+        return layer(lambda x: reference.lif_loop(x, torch.zeros_like(x[0]), 2.0)[0])
+    if subject == "spikingjelly-lif":
+        node = spikingjelly_lif(device)
+        return layer(lambda x: (node.reset(), node(x))[1])
     if subject == "loop":
-
-        def forward() -> Tensor:
-            weights = [leaves[name] for name in GATE_WEIGHTS]
-            return reference.gpn_loop(problem.current(leaves), *weights, v_reset, v_reset)[0]
-
-    elif subject == "authors":
+        return layer(lambda *inputs: reference.gpn_loop(*inputs, v_reset, v_reset)[0])
+    if subject == "authors":
         # they hold weight_v and weight_x as one matrix
-        joint = torch.cat([leaves["weight_v"], leaves["weight_x"]], 1).detach().requires_grad_()
-        leaves["weight_vx"] = joint
-        del leaves["weight_v"], leaves["weight_x"]
-
-        def forward() -> Tensor:
-            linear = None
-            if problem.projects:
-                linear = leaves["linear_weight"], leaves["linear_bias"]
-            return authors_loop(leaves["x"], linear, joint, leaves["bias"], v_reset)
-
-    else:
-        if subject == "hoisted-compiled-step":
-            if not problem.case.compiled:
-                raise Unavailable("compiling takes 10 s and more a shape: chosen shapes only")
-            if problem.device.type == "cpu" and not shutil.which("g++"):
-                raise Unavailable("torch.compile needs a C++ compiler, g++ is not here")
-            run = compiled_loop()
-        else:
-            run = hoisted_loop
-
-        def forward() -> Tensor:
-            return run(problem.current(leaves), *(leaves[name] for name in GATE_WEIGHTS), v_reset)
-
-    return Call(forward, leaves, cotangent, half)
+        joint = torch.cat([leaves.pop("weight_v"), leaves.pop("weight_x")], 1)
+        leaves["weight_vx"] = joint.detach().requires_grad_()
+        return layer(lambda leaves: authors_loop(leaves, v_reset))
+    if subject == "hoisted-compiled-step":
+        if not case.compiled:
+            raise Unavailable("compiling takes 10 s and more a shape: chosen shapes only")
+        if device.type == "cpu" and not shutil.which("g++"):
+            raise Unavailable("torch.compile needs a C++ compiler, g++ is not here")
+    run = hoisted_loop(compiled=subject != "hoisted")
+    return layer(lambda *inputs: run(*inputs, v_reset))
 
 
-def _ann(problem: Problem, subject: str, cotangent: Tensor | None) -> tuple[str, Call, nn.Module]:
+def _ann(problem: Problem, subject: str, backward: bool) -> tuple[str, Call, nn.Module]:
     """LSTM or GRU of the same sizes, in the case's dtype or the one its name says."""
     case, device = problem.case, problem.device
-    dtype = DTYPES.get(subject.rsplit("-", 1)[-1], problem.dtype)
-    if subject != "lstm" and dtype == problem.dtype and subject.removeprefix("lstm-") in DTYPES:
+    named = DTYPES.get(subject.rsplit("-", 1)[-1])
+    dtype = named or problem.dtype
+    if named == problem.dtype:
         raise Unavailable("the same as lstm here")
     if device.type == "cpu" and dtype != torch.float32:
         raise Unavailable("half types are compared on a GPU: a CPU converts to and fro")
     kind = "gru" if subject == "gru" else "lstm"
     torch.manual_seed(0)
     module = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](case.inputs, case.N).to(device, dtype)
-    x = problem.x.to(dtype).requires_grad_(not problem.projects)
-    leaves = {"x": x, **dict(module.named_parameters())}
+    x, weights = problem.x.to(dtype).requires_grad_(not problem.projects), module.parameters()
     if subject == "flashrnn-lstm":
-        run = flashrnn_lstm(case.N, device)
-        weights = list(module.parameters())
-
-        def forward() -> Tensor:
-            return run(x, *weights)
-
+        forward = functools.partial(flashrnn_lstm(case.N, device), x, *weights)
     else:
-
-        def forward() -> Tensor:
-            return module(x)[0]
-
-    return kind, Call(forward, leaves, cotangent), module
+        forward = lambda: module(x)[0]  # noqa: E731
+    leaves = {"x": x, **dict(module.named_parameters())}
+    return kind, Call(forward, leaves, problem.cotangent if backward else None), module
 
 
 def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dict[str, Any]:
@@ -291,7 +252,7 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
     problem.cotangent.copy_(kept)
     if not torch.isfinite(out).all():
         raise Wrong("the result is not finite")
-    rows, tolerance = problem.rows, TOLERANCE[call_dtype(inner)]
+    rows, tolerance = problem.rows, TOLERANCE[inner.dtype]
     leaves, got = double_leaves(inner.leaves, rows), out[:, rows].cpu().double()
     v_reset = problem.v_reset[rows].cpu().double()
     current = problem.current(leaves) if kind in SPIKING else leaves["x"]
@@ -304,14 +265,9 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
 
 
 def expect(
-    kind: str,
-    current: Tensor,
-    leaves: dict[str, Tensor],
-    got: Tensor,
-    tolerance: tuple[float, float],
-    v_reset: Tensor,
-    module: nn.Module | None,
-) -> Tensor:
+    kind: str, current: Tensor, leaves: dict[str, Tensor], got: Tensor,
+    tolerance: tuple[float, float], v_reset: Tensor, module: nn.Module | None,
+) -> Tensor:  # fmt: skip
     """What a layer should put out, after comparing it with what it did; all in float64.
 
     Args:
@@ -330,8 +286,20 @@ def expect(
             weight_v, weight_x = leaves["weight_vx"].split(got.shape[-1], 1)
         else:
             weight_v, weight_x = leaves["weight_v"], leaves["weight_x"]
+        # under the resets of its own spikes trajectories do not part, so spikes must agree at
+        # every step where |h - theta| exceeds the margin; the smooth step has the surrogate's slope
         weights = weight_x, weight_v, leaves["bias"]
-        return specification_under(got, current, *weights, v_reset, margin)
+        smooth, _ = reference.gpn_loop(current, *weights, v_reset, v_reset, reset_mask=got)
+        # the inverse of surrogate.SURROGATES["atan"].value at alpha = 2
+        u = torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi
+        differs = ((u >= 0).double() != got) & (u.abs() > margin)
+        if differs.any():
+            t, b, n = differs.nonzero()[0].tolist()
+            raise Wrong(
+                f"{int(differs.sum())} of {got.numel()} checked spikes differ, the first at step "
+                f"{t}, checked sample {b}, neuron {n}, where h - theta is {u[t, b, n]:.2g}"
+            )
+        return smooth
     if kind == "lif":
         expected, _ = reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)
         differ = (expected != got).double().mean().item()
@@ -352,44 +320,6 @@ def double_leaves(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]
         name: (t[:, rows] if name == "x" else t).detach().cpu().double().requires_grad_()
         for name, t in tensors.items()
     }
-
-
-def specification_under(
-    spikes: Tensor,
-    current: Tensor,
-    weight_x: Tensor,
-    weight_v: Tensor,
-    bias: Tensor,
-    v_reset: Tensor,
-    margin: float,
-) -> Tensor:
-    """Run GPN's specification in float64 under the resets of given spikes.
-
-    Under another's resets trajectories do not part, so spikes must agree at every step where
-    |h - theta| exceeds the margin, and the smooth step's gradients are the surrogate's.
-
-    Args:
-        spikes [T, R, N]: 0 or 1, of the subject. current [T, R, N], weight_x, weight_v [4 N, N],
-            bias [4 N], v_reset [R, N]: float64.
-        margin: of |h - theta|, within which a spike may differ.
-    Returns:
-        [T, R, N]: the surrogate's smooth step, differentiable.
-    Raises:
-        Wrong: a spike differs.
-    """
-    smooth, _ = reference.gpn_loop(
-        current, weight_x, weight_v, bias, v_reset, v_reset, reset_mask=spikes
-    )
-    # the inverse of surrogate.SURROGATES["atan"].value at alpha = 2
-    u = torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi
-    differs = ((u >= 0).double() != spikes) & (u.abs() > margin)
-    if differs.any():
-        t, b, n = differs.nonzero()[0].tolist()
-        raise Wrong(
-            f"{int(differs.sum())} of {spikes.numel()} checked spikes differ, the first at step "
-            f"{t}, checked sample {b}, neuron {n}, where h - theta is {u[t, b, n]:.2g}"
-        )
-    return smooth
 
 
 def compare(what: str, got: Tensor, expected: Tensor, share: float) -> None:

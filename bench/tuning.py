@@ -5,7 +5,9 @@ python -m bench.tuning      compiles them all for the GPU that is here, on all c
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -31,13 +33,11 @@ FLIPS = 0.002
 def swept(case: Case) -> dict[str, tuple[str, Tile | None]]:
     """The subjects of a case by name: strategy and tile; None: the tiles chosen now."""
     block = tiles.block(case.N)
+    # likelier ones first
     persistent = [
         Tile(rows, block, block, warps, stages)
-        for rows in (16, 32, 64)
-        for warps in (8, 4, 16)
-        for stages in (3, 2, 1)
+        for rows, warps, stages in itertools.product((16, 32, 64), (8, 4, 16), (3, 2, 1))
     ]
-    # likelier ones first
     stepwise = [
         Tile(rows, columns, depth, warps, stages)
         for rows, columns, warps in (
@@ -56,11 +56,6 @@ def swept(case: Case) -> dict[str, tuple[str, Tile | None]]:
             sizes = f"{tile.BLOCK_B}x{tile.BLOCK_N}x{tile.BLOCK_K}"
             found[f"{sizes}-warps{tile.num_warps}-stages{tile.num_stages}"] = strategy, tile
     return found
-
-
-def names(case: Case) -> tuple[str, ...]:
-    """The subjects of a case."""
-    return tuple(swept(case))
 
 
 def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str], Entry]:
@@ -104,25 +99,19 @@ def compile_ahead() -> None:
     """Fill Triton's cache with what recurrence and tuning launch in bfloat16, while tests run."""
     major, minor = torch.cuda.get_device_capability()
     plans, device = {}, torch.device("cuda")
-    for case in (*cases("recurrence", "full"), *cases("tuning", "full")):
-        subjects_of = (
-            swept(case).values() if case.kind == "tuning" else ((s, None) for s in STRATEGIES)
-        )
-        for strategy, tile in subjects_of if case.dtype == "bfloat16" else ():
-            try:
-                plan = choose_plan(case.T, case.B, case.N, torch.bfloat16, device, strategy, tile)
-            except Unavailable:
-                continue
-            plans.setdefault((case.N, strategy, plan.forward, plan.backward), plan)
+    chosen = [(case, s, None) for case in cases("recurrence", "full") for s in STRATEGIES]
+    swept_tiles = [(case, *how) for case in cases("tuning", "full") for how in swept(case).values()]
+    for case, strategy, tile in chosen + swept_tiles:
+        sizes = case.T, case.B, case.N
+        with contextlib.suppress(Unavailable):
+            plan = choose_plan(sizes, torch.bfloat16, device, strategy, tile)
+            if case.dtype == "bfloat16":
+                plans.setdefault((case.N, strategy, plan.forward, plan.backward), plan)
     # forking after CUDA has started is not allowed
     context = multiprocessing.get_context("spawn")
+    compiled = functools.partial(offline.compile_layer, capability=10 * major + minor)
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 6), context) as pool:
-        jobs = [
-            pool.submit(
-                offline.compile_layer, key[0], torch.bfloat16, 10 * major + minor, plan=plan
-            )
-            for key, plan in plans.items()
-        ]
+        jobs = [pool.submit(compiled, key[0], torch.bfloat16, plan=p) for key, p in plans.items()]
         # a tile that does not compile is named when its turn comes to run
         broken = sum(job.exception() is not None for job in jobs)
     print(f"compiled ahead: {len(jobs)} layers, {broken} do not compile", flush=True)

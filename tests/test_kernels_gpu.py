@@ -6,7 +6,6 @@ across its threshold does not start another trajectory.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from tests import interpreted_bfloat16
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import FLIPS, TOLERANCES
 
-ROOT = Path(__file__).parent.parent
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 STATE_BYTES = 1 << 28
 
@@ -82,23 +80,20 @@ def expected_gradients(inputs, g_out, v_saved, spikes):
 @pytest.mark.parametrize(
     "dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=lambda d: str(d).removeprefix("torch.")
 )
-@pytest.mark.parametrize(
-    "T, B, N, strategy",
-    [
-        (4, 5, 16, "persistent"),
-        (4, 5, 16, "stepwise"),
-        on_gpu(100, 256, 128, None),
-        on_gpu(100, 256, 128, "stepwise"),
-        on_gpu(1000, 64, 128, None),
-        on_gpu(100, 256, 512, None),
-        on_gpu(1000, 64, 512, None),
-        on_gpu(100, 256, 256, None),
-        on_gpu(1000, 64, 256, None),
-        on_gpu(100, 256, 1024, None),
-        on_gpu(1000, 64, 1024, None),
-        on_gpu(100, 37, 100, None),
-    ],
-)
+@pytest.mark.parametrize("T, B, N, strategy", [
+    (4, 5, 16, "persistent"),
+    (4, 5, 16, "stepwise"),
+    on_gpu(100, 256, 128, None),
+    on_gpu(100, 256, 128, "stepwise"),
+    on_gpu(1000, 64, 128, None),
+    on_gpu(100, 256, 512, None),
+    on_gpu(1000, 64, 512, None),
+    on_gpu(100, 256, 256, None),
+    on_gpu(1000, 64, 256, None),
+    on_gpu(100, 256, 1024, None),
+    on_gpu(1000, 64, 1024, None),
+    on_gpu(100, 37, 100, None),
+])  # fmt: skip
 def test_teacher_forced_steps_and_gradients_equal_the_specification(T, B, N, strategy, dtype):
     inputs = layer(T, B, N, dtype=dtype)
     g_out, plan = torch.randn_like(inputs[0]), plan_of(inputs[0], strategy)

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,28 @@ from torch.utils.checkpoint import checkpoint
 
 from gpn_triton import GPN, SpikingClassifier
 from gpn_triton.neurons.event_linear import Cells
-from gpn_triton.neurons.layers import LIF, CubaLIF, HeldDropout
+from gpn_triton.neurons.layers import LIF, HeldDropout
 from gpn_triton.neurons.networks import NEURONS
+
+
+def network(**options):
+    """A network of three hidden layers, counts for it, and a loss that every weight changes."""
+    torch.manual_seed(0)
+    model = SpikingClassifier([16, 12, 8], inputs=9, classes=4, **options)
+    x = torch.poisson(torch.full((37, 5, 9), 1.0))
+
+    def loss(*draws, run=model):
+        return (run(x.to(model.output.weight.dtype), *draws)[0] * torch.arange(4)).sum()
+
+    return model, x, loss
+
+
+def trained(loss, model, *draws, run=None):
+    """The loss by another run of a model, and the gradients of its weights."""
+    model.zero_grad()
+    value = loss(*draws, run=model if run is None else run)
+    value.backward()
+    return [value.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
@@ -25,39 +46,29 @@ def test_every_neuron_trains_a_two_layer_network(neuron):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("hidden", "classes", "neuron", "parameters"),
-    [
-        ([128], 20, "gpn", 223_892),
-        ([512, 256, 128], 35, "gpn", 3_283_747),
-        ([1024], 20, "gpn", 9_131_028),
-        ([1024] * 3, 35, "gpn", 28_031_011),
-        ([128], 20, "lif", 92_308),
-    ],
-)
+@pytest.mark.parametrize(("hidden", "classes", "neuron", "parameters"), [
+    ([128], 20, "gpn", 223_892),
+    ([512, 256, 128], 35, "gpn", 3_283_747),
+    ([1024], 20, "gpn", 9_131_028),
+    ([1024] * 3, 35, "gpn", 28_031_011),
+    ([128], 20, "lif", 92_308),
+])  # fmt: skip
 def test_the_papers_networks_have_their_parameter_counts(hidden, classes, neuron, parameters):
     with torch.device("meta"):
         model = SpikingClassifier(hidden, neuron, classes=classes)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_mean_readout_is_the_mean_of_the_logits():
+@pytest.mark.parametrize("readout", ["mean", "last"])
+def test_readout_is_the_mean_of_the_logits_or_the_last_step_s(readout):
     torch.manual_seed(1)
-    model = SpikingClassifier([16], inputs=9, classes=4).eval().double()
+    model = SpikingClassifier([16], inputs=9, classes=4, readout=readout).eval().double()
     x = torch.poisson(torch.full((11, 3, 9), 1.0)).double()
-    layer = model.neurons[0]
-    assert layer(model.inputs[0](x))[0].shape == (3, 16)  # the mean alone
+    logits, layer = model(x)[0], model.neurons[0]
     layer.options = replace(layer.options, output="spikes")
-    spikes, _ = model.neurons[0](model.inputs[0](x))
-    torch.testing.assert_close(model(x)[0], model.output(spikes).mean(0), rtol=1e-12, atol=1e-12)
-
-
-def test_last_readout_sees_the_last_step_only():
-    torch.manual_seed(1)
-    model = SpikingClassifier([16], inputs=9, classes=4, readout="last").eval()
-    x = torch.poisson(torch.full((5, 3, 9), 1.0))
-    spikes, _ = model.neurons[0](model.inputs[0](x))
-    torch.testing.assert_close(model(x)[0], model.output(spikes[-1]))
+    every = model.output(layer(model.inputs[0](x))[0])
+    expected = every.mean(0) if readout == "mean" else every[-1]
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_evaluation_draws_nothing_and_training_draws_v_reset_once_a_sequence():
@@ -86,73 +97,57 @@ def test_held_dropout_keeps_one_mask_over_time_and_the_mean():
 
 
 def test_a_split_batch_draws_what_the_whole_would():
-    torch.manual_seed(0)
-    model = SpikingClassifier([16, 8], inputs=9, classes=4)
-    x = torch.poisson(torch.full((5, 7, 9), 1.0))
+    model, x, _ = network()
     torch.manual_seed(1)
     whole, _ = model(x)
     torch.manual_seed(1)
-    draws = model.draw(7)
+    draws = model.draw(5)
     parts = [
         model(x[:, first:last], [drawn.part(first, last) for drawn in draws])[0]
-        for first, last in ((0, 3), (3, 7))
+        for first, last in ((0, 3), (3, 5))
     ]
     torch.testing.assert_close(torch.cat(parts), whole)
     assert not torch.equal(model(x)[0], whole)
 
 
-def plainly(model, x, draws):
-    """SpikingClassifier.forward as its layers compose, every operand held by autograd."""
-    for linear, neuron, drawn in zip(model.inputs, model.neurons, draws, strict=True):
-        x = neuron(linear(x), v_reset=drawn.v_reset)[0]
-        x = model.dropout(x, drawn.mask)
-    return model.output(x[-1] if model.readout == "last" else x)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "amp", "share"),
-    [
-        (torch.float64, None, 1e-12),
-        (torch.float32, None, 1e-5),
-        # gradients of weights are summed without rounding them to 2^-9 on the way
-        (torch.float32, torch.bfloat16, 2e-2),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "amp", "share"), [
+    (torch.float64, None, 1e-12),
+    (torch.float32, None, 1e-5),
+    # gradients of weights are summed without rounding them to 2^-9 on the way
+    (torch.float32, torch.bfloat16, 2e-2),
+])  # fmt: skip
 @pytest.mark.parametrize("readout", ["mean", "last"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_network_trains_as_its_layers_compose(dropout, readout, dtype, amp, share):
-    torch.manual_seed(0)
-    model = SpikingClassifier([16, 12, 8], inputs=9, classes=4, readout=readout, dropout=dropout)
+    model, _, loss = network(readout=readout, dropout=dropout)
     model.to(dtype)
-    x, draws = torch.poisson(torch.full((37, 5, 9), 1.0)).to(dtype), model.draw(5)
-    results = []
-    for forward in (lambda: model(x, draws)[0], lambda: plainly(model, x, draws)):
-        model.zero_grad()
-        with torch.autocast("cpu", amp, enabled=amp is not None):
-            logits = forward()
-        (logits * torch.arange(4)).sum().backward()
-        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
-    assert torch.equal(results[0][0], results[1][0])
-    for got, expected in zip(*results, strict=True):
-        assert expected.any()
-        assert (got - expected).abs().max() <= share * expected.abs().max()
+
+    def plainly(x, draws):
+        """SpikingClassifier.forward as its layers compose, every operand held by autograd."""
+        for linear, neuron, drawn in zip(model.inputs, model.neurons, draws, strict=True):
+            x = model.dropout(neuron(linear(x), v_reset=drawn.v_reset)[0], drawn.mask)
+        return (model.output(x[-1] if readout == "last" else x),)
+
+    draws = model.draw(5)
+    with torch.autocast("cpu", amp, enabled=amp is not None):
+        got, expected = (trained(loss, model, draws, run=run) for run in (model, plainly))
+    assert torch.equal(got[0], expected[0])
+    for g, e in zip(got, expected, strict=True):
+        assert e.any() and (g - e).abs().max() <= share * e.abs().max()
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_network_holds_two_floats_and_a_bit_a_neuron_and_step(amp):
     B, C, hidden = 3, 9, [16, 12, 8]
-    torch.manual_seed(0)
     model = SpikingClassifier(hidden, inputs=C, classes=4)
 
     def held(T):
-        storages = {}
+        storages, x = {}, torch.ones(T, B, C)
 
         def pack(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        x = torch.ones(T, B, C)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
             torch.autocast("cpu", amp, enabled=amp is not None),
@@ -165,18 +160,6 @@ def test_network_holds_two_floats_and_a_bit_a_neuron_and_step(amp):
     # the input, x and v of every neuron; and a word of spikes
     sequence = element * (C + 2 * sum(hidden)) * 64 * B + 4 * sum(hidden) * 2 * B
     assert held(128) - held(64) == sequence
-
-
-def network(**options):
-    """A network of three hidden layers, counts for it, and a loss that every weight changes."""
-    torch.manual_seed(0)
-    model = SpikingClassifier([16, 12, 8], inputs=9, classes=4, **options)
-    x = torch.poisson(torch.full((37, 5, 9), 1.0))
-
-    def loss():
-        return (model(x)[0] * torch.arange(4)).sum()
-
-    return model, x, loss
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -213,36 +196,29 @@ class Adapter(nn.Module):
         return self.linear(x) + self.up(self.down(x))
 
 
-def plain_linear(linear):
-    plain = nn.Linear(linear.in_features, linear.out_features)
-    plain.load_state_dict(linear.state_dict())
-    return plain
-
-
 @pytest.mark.parametrize("place", [0, 1])
 def test_another_module_in_a_linear_s_place_gets_dense_spikes_and_trains(place):
-    model, x, _ = network(dropout=0.3)
+    model, x, loss = network(dropout=0.3)
     draws = model.draw(5)
     expected = model(x, draws)[0]
-    model.inputs[place] = plain_linear(model.inputs[place])
+    linear = model.inputs[place]
+    model.inputs[place] = plain = nn.Linear(linear.in_features, linear.out_features)
+    plain.load_state_dict(linear.state_dict())
     assert torch.equal(model(x, draws)[0], expected)
-    model.inputs[place] = adapter = Adapter(model.inputs[place])
+    model.inputs[place] = adapter = Adapter(plain)
     nn.init.zeros_(adapter.up.weight)
     assert torch.equal(model(x, draws)[0], expected)
-    (model(x, draws)[0] * torch.arange(4)).sum().backward()
-    assert adapter.up.weight.grad.any() and adapter.linear.weight.grad.any()
+    loss(draws).backward()
+    assert adapter.up.weight.grad.any() and plain.weight.grad.any()
     cell = torch.arange(x.numel()).repeat_interleave(x.flatten().long())
     assert torch.equal(model(Cells.from_cells(cell, x.shape), draws)[0], expected)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
-        nn.utils.weight_norm,
-        nn.utils.parametrizations.weight_norm,
-    ],
-)
+@pytest.mark.parametrize("change", [
+    lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    nn.utils.weight_norm,
+    nn.utils.parametrizations.weight_norm,
+])  # fmt: skip
 def test_pruned_and_normalised_weights_train_step_after_step(change):
     model, x, loss = network(dropout=0.0)
     with warnings.catch_warnings():
@@ -258,43 +234,28 @@ def test_pruned_and_normalised_weights_train_step_after_step(change):
     assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
-def test_network_compiles_without_graph_breaks_and_agrees():
-    model, x, _ = network(dropout=0.3)
+@pytest.mark.parametrize("how", ["compiled without graph breaks", "recomputed in backward"])
+def test_network_run_otherwise_has_the_same_gradients(how):
+    model, _, loss = network(dropout=0.3)
     draws = model.draw(5)
-    results = []
-    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        logits = forward(x, draws)[0]
-        (logits * torch.arange(4)).sum().backward()
-        results.append([logits.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_network_recomputed_in_backward_has_the_same_gradients():
-    model, x, _ = network(dropout=0.3)
-    draws, results = model.draw(5), []
-    for run in (model, lambda *inputs: checkpoint(model, *inputs, use_reentrant=False)):
-        model.zero_grad()
-        (run(x, draws)[0] * torch.arange(4)).sum().backward()
-        results.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    if how.startswith("compiled"):
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        run = partial(checkpoint, model, use_reentrant=False)
+    assert all(map(torch.equal, trained(loss, model, draws), trained(loss, model, draws, run=run)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("readout", ["mean", "last"])
-@pytest.mark.parametrize("neuron", ["gpn", "lif", "gru"])
+@pytest.mark.parametrize(("neuron", "readout"), [("gpn", "mean"), ("lif", "last"), ("gru", "mean")])
 def test_a_network_in_a_half_type_classifies_trains_and_streams(neuron, readout, dtype):
-    model, x, _ = network(neuron=neuron, readout=readout)
+    model, x, loss = network(neuron=neuron, readout=readout)
     model, x = model.to(dtype), x.to(dtype)
-    logits, _ = model(x)
-    assert logits.dtype == dtype
-    logits.float().square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    model.eval()
+    assert all(g.isfinite().all() for g in trained(loss, model))
+    logits = model.eval()(x)[0]
     _, state = model.stream(x[:20])
     streamed, _ = model.stream(x[20:], state)
-    assert streamed.dtype == dtype
-    torch.testing.assert_close(streamed, model(x)[0], rtol=0.1, atol=0.1)
+    assert logits.dtype == streamed.dtype == dtype
+    torch.testing.assert_close(streamed, logits, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("variant", ["full", "no-fi", "no-t"])
@@ -308,32 +269,17 @@ def test_authors_weights_round_trip(variant):
     assert torch.equal(ln_weight[:, :6], layer.weight_v)
 
 
-@pytest.mark.parametrize("layer", [GPN(4), LIF(4), LIF(4, learn_tau=True), CubaLIF(4)])
-def test_state_carried_through_a_layer_equals_one_call(layer):
-    layer.eval()
-    torch.manual_seed(0)
-    x = 2 * torch.randn(6, 2, 4)
-    whole, _ = layer(x)
-    first, state = layer(x[:2])
-    second, _ = layer(x[2:], state)
-    assert torch.equal(torch.cat([first, second]), whole)
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: GPN(0), "hidden_size: expected at least 1, got 0"),
-        (lambda: GPN(4, "no-z"), "variant: expected one of full"),
-        (lambda: GPN(4)(torch.zeros(2, 1, 5)), r"x: expected \[T, B, 4\], got \[2, 1, 5\]"),
-        (lambda: GPN(4).load_authors_weights(torch.zeros(16, 4), torch.zeros(16)), "ln_weight"),
-        (lambda: LIF(4, tau=1.0), "tau: expected more than 1 bin, got 1.0"),
-        (lambda: HeldDropout(1.0), "dropout: expected 0 <= p < 1, got 1.0"),
-        (lambda: SpikingClassifier([]), "hidden: expected one or more sizes"),
-        (lambda: SpikingClassifier([4], "glif"), "neuron: expected one of gpn"),
-        (lambda: SpikingClassifier([4], readout="max"), "readout: expected one of mean, last"),
-        (lambda: SpikingClassifier([4], "cnn"), "time_bins: the cnn's readout"),
-    ],
-)
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda: GPN(0), "hidden_size: expected at least 1, got 0"),
+    (lambda: GPN(4)(torch.zeros(2, 1, 5)), r"x: expected \[T, B, 4\], got \[2, 1, 5\]"),
+    (lambda: GPN(4).load_authors_weights(torch.zeros(16, 4), torch.zeros(16)), "ln_weight"),
+    (lambda: LIF(4, tau=1.0), "tau: expected more than 1 bin, got 1.0"),
+    (lambda: HeldDropout(1.0), "dropout: expected 0 <= p < 1, got 1.0"),
+    (lambda: SpikingClassifier([]), "hidden: expected one or more sizes"),
+    (lambda: SpikingClassifier([4], "glif"), "neuron: expected one of gpn"),
+    (lambda: SpikingClassifier([4], readout="max"), "readout: expected one of mean, last"),
+    (lambda: SpikingClassifier([4], "cnn"), "time_bins: the cnn's readout"),
+])  # fmt: skip
 def test_bad_options_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
