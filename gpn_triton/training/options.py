@@ -1,49 +1,37 @@
-"""The training command's options: one frozen dataclass, and what is known of each of its fields.
-
-A field's metadata say how the command offers the option (group, help, whether a newcomer needs it),
-what may be asked for (choices, check), and two things that a run folder depends on: whether a
-result depends on the option, and whether it may be given anew when a run is taken up again.
-"""
+"""The training command's options: one frozen dataclass, and what is known of each of its fields."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from gpn_triton.data.binning import OVERFLOWS, STYLES, Augmentation, BinningConfig
+from gpn_triton.data.datasets import DATASETS
 from gpn_triton.data.hold_out import METHODS
-from gpn_triton.data.sources.download import PARTS
 from gpn_triton.machine.device import BACKENDS
 from gpn_triton.neurons.networks import NEURONS, READOUTS
 from gpn_triton.neurons.surrogate import SURROGATES
 from gpn_triton.training.presets import PRESETS
 
-DATASETS = ("synthetic", *PARTS)
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the options that name a run to take up again, which then brings its own options
 TAKE_UP = ("resume", "eval_only")
 
 
-class Check(NamedTuple):
-    """What a number must be, as a test and in words."""
-
-    test: Callable[[float], bool]
-    expected: str
-
-
-FROM_0 = Check(lambda v: v >= 0, "0 or more")
-FROM_1 = Check(lambda v: v >= 1, "at least 1")
-SIZES = Check(lambda v: v >= 1, "sizes of at least 1")
-ABOVE_0 = Check(lambda v: v > 0, "more than 0")
-SHARE = Check(lambda v: 0 <= v < 1, "0 <= value < 1")
-PART = Check(lambda v: 0 < v < 1, "0 < value < 1")
-WORDS = Check(lambda v: 2 <= v <= 1980, "2 to 1980")
+# what a number must be, as a test and in words
+FROM_0 = (lambda v: v >= 0), "0 or more"
+FROM_1 = (lambda v: v >= 1), "at least 1"
+SIZES = (lambda v: v >= 1), "sizes of at least 1"
+ABOVE_0 = (lambda v: v > 0), "more than 0"
+SHARE = (lambda v: 0 <= v < 1), "0 <= value < 1"
+PART = (lambda v: 0 < v < 1), "0 < value < 1"
+WORDS = (lambda v: 2 <= v <= 1980), "2 to 1980"
 
 
 def option(group: str, default: Any, help: str, **more: Any) -> Any:
@@ -62,10 +50,11 @@ def option(group: str, default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **known, **more})
 
 
-def _sets(kind: type, name: str, group: str, help: str, **more: Any) -> Any:
+def _sets(kind: type, name: str, **more: Any) -> Any:
     """A field of TrainConfig that sets one of BinningConfig or Augmentation, with its default."""
+    group = kind.__name__.removesuffix("Config")
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    return option(group, more.pop("default", defaults[name]), help, sets=(kind, name), **more)
+    return option(group, more.pop("default", defaults[name]), sets=(kind, name), **more)
 
 
 @dataclass(frozen=True)
@@ -78,223 +67,139 @@ class TrainConfig:
     """
 
     # fmt: off
-    preset: str | None = option(
-        "Run", None, f"Starts from a published set-up ({', '.join(PRESETS)}); options given beside "
-        "it win.", newcomer=True, result=False, choices=PRESETS, metavar="NAME",
-    )
-    config: str | None = option(
-        "Run", None, "Reads options from a TOML file whose keys are named as the flags; flags win "
-        "over the file, the file wins over --preset.", result=False, metavar="FILE.toml",
-    )
-    out: str = option(
-        "Run", "runs", "Sets the folder under which each run makes a folder of its own.",
-        result=False, metavar="DIR",
-    )
-    seed: tuple[int, ...] = option(
-        "Run", (0,), "Sets the seed of weights, order and every random draw; several seeds train "
-        "one network each and give mean and deviation.", newcomer=True, check=FROM_0, metavar="S",
-    )
-    resume: str | None = option(
-        "Run", None, "Goes on with an interrupted run, to the same bits; 'auto' takes the newest "
-        "unfinished one under --out.", newcomer=True, result=False, metavar="RUN",
-    )
-    eval_only: str | None = option(
-        "Run", None, "Trains nothing and evaluates a run's best weights on its test set.",
-        result=False, metavar="RUN",
-    )
-    device: str = option(
-        "Run", "auto", "Chooses where to compute: cpu, cuda or cuda:K; auto takes the GPU where "
-        "there is one.", result=False, beside=TAKE_UP, metavar="DEVICE",
-    )
-    no_graph: bool = option(
-        "Run", False, "Runs each training step on a GPU by itself, instead of capturing it as a "
-        "CUDA graph: the losses are the same, the steps slower.", result=False, beside=TAKE_UP,
-    )
-    profile: int | None = option(
-        "Run", None, "Records N training steps and leaves in the run's folder where their time "
-        "goes, as a table and as a Chrome trace.", result=False, beside=("resume",), check=FROM_1,
+    preset: str | None = option("Run", None, newcomer=True, result=False, choices=PRESETS,
+        metavar="NAME",
+        help=f"Starts from a published set-up ({', '.join(PRESETS)}); options given beside it win.")
+    config: str | None = option("Run", None, result=False, metavar="FILE.toml",
+        help="Reads options from a TOML file whose keys are named as the flags; flags win over the "
+        "file, the file wins over --preset.")
+    out: str = option("Run", "runs", result=False, metavar="DIR",
+        help="Sets the folder under which each run makes a folder of its own.")
+    seed: tuple[int, ...] = option("Run", (0,), newcomer=True, check=FROM_0, metavar="S",
+        help="Sets the seed of weights, order and every random draw; several seeds train one "
+        "network each and give mean and deviation.")
+    resume: str | None = option("Run", None, newcomer=True, result=False, metavar="RUN",
+        help="Goes on with an interrupted run, to the same bits; 'auto' takes the newest "
+        "unfinished one under --out.")
+    eval_only: str | None = option("Run", None, result=False, metavar="RUN",
+        help="Trains nothing and evaluates a run's best weights on its test set.")
+    device: str = option("Run", "auto", result=False, beside=TAKE_UP, metavar="DEVICE",
+        help="Chooses where to compute: cpu, cuda or cuda:K; auto takes a GPU that is there.")
+    no_graph: bool = option("Run", False, result=False, beside=TAKE_UP,
+        help="Runs each training step on a GPU by itself, instead of capturing it as a CUDA graph: "
+        "the losses are the same, the steps slower.")
+    profile: int | None = option("Run", None, result=False, beside=TAKE_UP[:1], check=FROM_1,
         metavar="N",
-    )
-    backend: str = option(
-        "Run", "auto", "Chooses what computes the GPN neurons; auto takes triton on a CUDA device "
-        "and torch on a CPU.", result=False, choices=BACKENDS,
-    )
-    amp: str | None = option(
-        "Run", None, "Computes in mixed precision: in bf16, or in fp16 where that is named.",
-        newcomer=True, choices=tuple(filter(None, AMP)), nargs="?", const="bf16",
-    )
-    deterministic: bool = option(
-        "Run", False, "Lets torch use deterministic algorithms only, which costs time."
-    )
-    skip_nonfinite: bool = option(
-        "Run", False, "Leaves out and counts steps whose loss or gradient is not finite; without "
-        "it such a step ends the run.",
-    )
-    track: tuple[str, ...] = option(
-        "Run", (), "Logs every epoch to these trackers, too; each is an extra of the same name to "
-        "install.", result=False, choices=("tensorboard", "wandb"),
-    )
+        help="Records N training steps and leaves in the run's folder where their time goes, as a "
+        "table and as a Chrome trace.")
+    backend: str = option("Run", "auto", result=False, choices=BACKENDS,
+        help="Chooses what computes the GPN neurons; auto takes triton on CUDA, torch on a CPU.")
+    amp: str | None = option("Run", None, newcomer=True, choices=tuple(filter(None, AMP)),
+        nargs="?", const="bf16",
+        help="Computes in mixed precision: in bf16, or in fp16 where that is named.")
+    deterministic: bool = option("Run", False,
+        help="Lets torch use deterministic algorithms only, which costs time.")
+    skip_nonfinite: bool = option("Run", False,
+        help="Leaves out and counts steps whose loss or gradient is not finite; without it such a "
+        "step ends the run.")
+    track: tuple[str, ...] = option("Run", (), result=False, choices=("tensorboard", "wandb"),
+        help="Logs every epoch to these trackers, too; each is an extra of that name to install.")
 
-    dataset: str = option(
-        "Data", "synthetic", f"Chooses the data: {', '.join(DATASETS)} or FILE.h5 in SHD's layout.",
-        newcomer=True, result=False, metavar="NAME",
-    )
-    train_file: str | None = option(
-        "Data", None, "Trains on a file of your own, in SHD's layout, instead of --dataset.",
-        newcomer=True, result=False, metavar="FILE.h5",
-    )
-    valid_file: str | None = option(
-        "Data", None, "Names the validation data that belong to --train-file; without it a part of "
-        "the training data is held out.", result=False, metavar="FILE.h5",
-    )
-    test_file: str | None = option(
-        "Data", None, "Names the test data that belong to --train-file, read once at the end; "
-        "without it a part of the training data is held out.", newcomer=True, result=False,
-        metavar="FILE.h5",
-    )
-    data_dir: str = option(
-        "Data", "data", "Names the folder where the files of shd and ssc lie.", result=False,
-        beside=TAKE_UP, metavar="DIR",
-    )
-    cache_dir: str | None = option(
-        "Data", None, "Names the folder where parsed files are cached; without it each cache lies "
-        "beside its file.", result=False, beside=TAKE_UP, metavar="DIR",
-    )
-    download: bool = option(
-        "Data", False, "Downloads the files of shd or ssc that are missing.", newcomer=True,
-        result=False, beside=TAKE_UP,
-    )
-    samples: int = option(
-        "Data", 2000, "Sets how many training samples are made for --dataset synthetic.",
-        check=FROM_1, metavar="K",
-    )
-    classes: int = option(
-        "Data", 20, "Sets how many words --dataset synthetic has, from 2 to 1980.", check=WORDS,
+    dataset: str = option("Data", "synthetic", newcomer=True, result=False, metavar="NAME",
+        help=f"Chooses the data: {', '.join(DATASETS)} or FILE.h5 in SHD's layout.")
+    train_file: str | None = option("Data", None, newcomer=True, result=False, metavar="FILE.h5",
+        help="Trains on a file of your own, in SHD's layout, instead of --dataset.")
+    valid_file: str | None = option("Data", None, result=False, metavar="FILE.h5",
+        help="Names the validation data that belong to --train-file; without it a part of the "
+        "training data is held out.")
+    test_file: str | None = option("Data", None, newcomer=True, result=False, metavar="FILE.h5",
+        help="Names the test data that belong to --train-file, read once at the end; without it a "
+        "part of the training data is held out.")
+    data_dir: str = option("Data", "data", result=False, beside=TAKE_UP, metavar="DIR",
+        help="Names the folder where the files of shd and ssc lie.")
+    cache_dir: str | None = option("Data", None, result=False, beside=TAKE_UP, metavar="DIR",
+        help="Names the folder where parsed files are cached; without it each cache lies beside "
+        "its file.")
+    download: bool = option("Data", False, newcomer=True, result=False, beside=TAKE_UP,
+        help="Downloads the files of shd or ssc that are missing.")
+    samples: int = option("Data", 2000, check=FROM_1, metavar="K",
+        help="Sets how many training samples are made for --dataset synthetic.")
+    classes: int = option("Data", 20, check=WORDS, metavar="K",
+        help="Sets how many words --dataset synthetic has, from 2 to 1980.")
+    event_mib: int | None = option("Data", None, result=False, beside=TAKE_UP, check=FROM_1,
+        metavar="MIB",
+        help="Limits the device memory for a set's events, in MiB; a larger set is streamed from "
+        "the host. Without it the limit on a GPU is half of what is free.")
+    valid_split: str = option("Data", "auto", choices=METHODS,
+        help="Chooses how data are held out: whole speakers, or stratified, which is at random "
+        "with equal classes; auto takes speakers where that costs at most 15 % of the data.")
+    valid_fraction: float = option("Data", 0.1, check=PART, metavar="F",
+        help="Sets the share of the training data that is held out.")
+
+    time_bins: int = _sets(BinningConfig, "time_bins", default=25, metavar="T",
+        help="Sets the number T of time bins of a sequence.")
+    max_time: float = _sets(BinningConfig, "max_time", metavar="SECONDS",
+        help="Sets how much of each sample is used, in seconds from its start.")
+    overflow: str = _sets(BinningConfig, "overflow", choices=OVERFLOWS,
+        help="Chooses what becomes of events later than --max-time: they are dropped, or counted "
+        "in the last bin (clip).")
+    channel_bin: int = _sets(BinningConfig, "channel_bin", metavar="K",
+        help="Sums so many neighbouring input channels into one; 5 makes 140 of 700.")
+    binning: str = _sets(BinningConfig, "style", choices=STYLES,
+        help="Chooses how events are counted: each in its bin (counts), or with the habits of the "
+        "authors' pipeline, which loses the last bin and one channel (authors).")
+
+    channel_shift: int = _sets(Augmentation, "channel_shift", default=10, metavar="K",
+        help="Shifts each training sample by up to so many channels either way; presets do not.")
+    time_stretch: float = _sets(Augmentation, "time_stretch", metavar="F",
+        help="Stretches or shrinks each training sample's time by up to this share.")
+    time_jitter: float = _sets(Augmentation, "time_jitter", metavar="SECONDS",
+        help="Moves each training event in time, with this standard deviation in seconds.")
+    event_drop: float = _sets(Augmentation, "drop", metavar="P",
+        help="Drops each training event with this probability.")
+    noise: float = _sets(Augmentation, "noise", metavar="F",
+        help="Adds events at random to each training sample, as a share of its own.")
+
+    hidden: tuple[int, ...] = option("Network", (128,), newcomer=True, check=SIZES, metavar="N",
+        help="Sets the number of neurons of each hidden layer.")
+    neuron: str = option("Network", "gpn", newcomer=True, choices=NEURONS, metavar="NAME",
+        help=f"Chooses the kind of neuron: {', '.join(NEURONS)}.")
+    dropout: float = option("Network", 0.5, check=SHARE, metavar="P",
+        help="Silences this share of each hidden layer in training; which neurons is drawn once "
+        "for each sample and held over its time.")
+    readout: str = option("Network", "mean", choices=READOUTS,
+        help="Chooses the logits that classify a sample: their mean over time, or those of the "
+        "last bin.")
+    surrogate: str = option("Network", "atan", choices=SURROGATES,
+        help="Chooses the surrogate gradient, which stands in for the derivative of a spike.")
+    alpha: float = option("Network", 2.0, check=ABOVE_0, metavar="A",
+        help="Sets how narrow the surrogate gradient is about the threshold; a larger value is "
+        "narrower and steeper.")
+    checkpoint_every: int | None = option("Network", None, check=FROM_1, metavar="K",
+        help="Saves the membrane potential of every K-th step only and recomputes the others in "
+        "the backward pass: less memory, more time.")
+
+    epochs: int = option("Optimisation", 20, newcomer=True, check=FROM_1, metavar="E",
+        help="Sets how often training goes through the data.")
+    batch_size: int = option("Optimisation", 64, check=FROM_1, metavar="B",
+        help="Sets how many samples a training step takes.")
+    accumulate: int = option("Optimisation", 1, result=False, beside=TAKE_UP, check=FROM_1,
         metavar="K",
-    )
-    event_mib: int | None = option(
-        "Data", None, "Limits the device memory for a set's events, in MiB; a larger set is "
-        "streamed from the host. Without it the limit on a GPU is half of what is free.",
-        result=False, beside=TAKE_UP, check=FROM_1, metavar="MIB",
-    )
-    valid_split: str = option(
-        "Data", "auto", "Chooses how data are held out: whole speakers, or stratified, which is at "
-        "random with equal classes; auto takes speakers where that costs at most 15 % of the data.",
-        choices=METHODS,
-    )
-    valid_fraction: float = option(
-        "Data", 0.1, "Sets the share of the training data that is held out.", check=PART,
-        metavar="F",
-    )
-
-    time_bins: int = _sets(
-        BinningConfig, "time_bins", "Binning", "Sets the number T of time bins of a sequence.",
-        default=25, metavar="T",
-    )
-    max_time: float = _sets(
-        BinningConfig, "max_time", "Binning", "Sets how much of each sample is used, in seconds "
-        "from its start.", metavar="SECONDS",
-    )
-    overflow: str = _sets(
-        BinningConfig, "overflow", "Binning", "Chooses what becomes of events later than "
-        "--max-time: they are dropped, or counted in the last bin (clip).", choices=OVERFLOWS,
-    )
-    channel_bin: int = _sets(
-        BinningConfig, "channel_bin", "Binning", "Sums so many neighbouring input channels into "
-        "one; 5 makes 140 of 700.", metavar="K",
-    )
-    binning: str = _sets(
-        BinningConfig, "style", "Binning", "Chooses how events are counted: each in its bin "
-        "(counts), or with the habits of the authors' pipeline, which loses the last bin and one "
-        "channel (authors).", choices=STYLES,
-    )
-
-    channel_shift: int = _sets(
-        Augmentation, "channel_shift", "Augmentation", "Shifts each training sample by up to so "
-        "many channels either way; the presets do not.", default=10, metavar="K",
-    )
-    time_stretch: float = _sets(
-        Augmentation, "time_stretch", "Augmentation", "Stretches or shrinks each training sample's "
-        "time by up to this share.", metavar="F",
-    )
-    time_jitter: float = _sets(
-        Augmentation, "time_jitter", "Augmentation", "Moves each training event in time, with this "
-        "standard deviation in seconds.", metavar="SECONDS",
-    )
-    event_drop: float = _sets(
-        Augmentation, "drop", "Augmentation", "Drops each training event with this probability.",
-        metavar="P",
-    )
-    noise: float = _sets(
-        Augmentation, "noise", "Augmentation", "Adds events at random to each training sample, as "
-        "a share of its own.", metavar="F",
-    )
-
-    hidden: tuple[int, ...] = option(
-        "Network", (128,), "Sets the number of neurons of each hidden layer.", newcomer=True,
-        check=SIZES, metavar="N",
-    )
-    neuron: str = option(
-        "Network", "gpn", f"Chooses the kind of neuron: {', '.join(NEURONS)}.", newcomer=True,
-        choices=NEURONS, metavar="NAME",
-    )
-    dropout: float = option(
-        "Network", 0.5, "Silences this share of each hidden layer in training; which neurons is "
-        "drawn once for each sample and held over its time.", check=SHARE, metavar="P",
-    )
-    readout: str = option(
-        "Network", "mean", "Chooses the logits that classify a sample: their mean over time, or "
-        "those of the last bin.", choices=READOUTS,
-    )
-    surrogate: str = option(
-        "Network", "atan", "Chooses the surrogate gradient, which stands in for the derivative of "
-        "a spike.", choices=SURROGATES,
-    )
-    alpha: float = option(
-        "Network", 2.0, "Sets how narrow the surrogate gradient is about the threshold; a larger "
-        "value is narrower and steeper.", check=ABOVE_0, metavar="A",
-    )
-    checkpoint_every: int | None = option(
-        "Network", None, "Saves the membrane potential of every K-th step only and recomputes the "
-        "others in the backward pass: less memory, more time.", check=FROM_1, metavar="K",
-    )
-
-    epochs: int = option(
-        "Optimisation", 20, "Sets how often training goes through the data.", newcomer=True,
-        check=FROM_1, metavar="E",
-    )
-    batch_size: int = option(
-        "Optimisation", 64, "Sets how many samples a training step takes.", check=FROM_1,
-        metavar="B",
-    )
-    accumulate: int = option(
-        "Optimisation", 1, "Works each batch off in K parts, one after the other, which takes less "
-        "memory.", result=False, beside=TAKE_UP, check=FROM_1, metavar="K",
-    )
-    lr: float = option(
-        "Optimisation", 1e-3, "Sets Adam's learning rate.", newcomer=True, check=ABOVE_0,
-        metavar="RATE",
-    )
-    lr_batch_size: int | None = option(
-        "Optimisation", None, "Names the batch size that --lr is meant for: the rate is multiplied "
-        "by the square root of --batch-size / B.", check=FROM_1, metavar="B",
-    )
-    weight_decay: float = option(
-        "Optimisation", 0.0, "Sets Adam's L2 penalty on the weights.", check=FROM_0, metavar="W"
-    )
-    schedule: str = option(
-        "Optimisation", "cosine", "Chooses how the learning rate changes from epoch to epoch: "
-        "along a cosine to 0, not at all (constant), or times 0.75 after 3 epochs without a lower "
-        "training loss (plateau).", choices=("cosine", "plateau", "constant"),
-    )
-    warmup_epochs: int = option(
-        "Optimisation", 0, "Lets the learning rate rise step by step over the first E epochs.",
-        check=FROM_0, metavar="E",
-    )
-    clip_grad: float | None = option(
-        "Optimisation", None, "Scales the gradient down where its norm is larger than this.",
-        check=ABOVE_0, metavar="NORM",
-    )
+        help="Works each batch off in K parts, one after the other, which takes less memory.")
+    lr: float = option("Optimisation", 1e-3, newcomer=True, check=ABOVE_0, metavar="RATE",
+        help="Sets Adam's learning rate.")
+    lr_batch_size: int | None = option("Optimisation", None, check=FROM_1, metavar="B",
+        help="Names the batch size that --lr is meant for: the rate is multiplied by the square "
+        "root of --batch-size / B.")
+    weight_decay: float = option("Optimisation", 0.0, check=FROM_0, metavar="W",
+        help="Sets Adam's L2 penalty on the weights.")
+    schedule: str = option("Optimisation", "cosine", choices=("cosine", "plateau", "constant"),
+        help="Chooses how the learning rate changes from epoch to epoch: along a cosine to 0, not "
+        "at all (constant), or times 0.75 after 3 epochs without a lower training loss (plateau).")
+    warmup_epochs: int = option("Optimisation", 0, check=FROM_0, metavar="E",
+        help="Lets the learning rate rise step by step over the first E epochs.")
+    clip_grad: float | None = option("Optimisation", None, check=ABOVE_0, metavar="NORM",
+        help="Scales the gradient down where its norm is larger than this.")
     # fmt: on
 
     def __post_init__(self):
@@ -304,34 +209,24 @@ class TrainConfig:
                 value = tuple(value) if isinstance(value, list) else (value,)
                 object.__setattr__(self, f.name, value)
             _check_value(f, value)
-        if len(set(self.seed)) < len(self.seed):
-            raise ValueError(f"seed: expected different seeds, got {list(self.seed)}")
-        if self.accumulate > self.batch_size:
-            raise ValueError(
-                f"accumulate: expected at most batch_size ({self.batch_size}), "
-                f"got {self.accumulate}"
-            )
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs: expected fewer than epochs ({self.epochs}), "
-                f"got {self.warmup_epochs}"
-            )
-        if self.dataset not in DATASETS and not self.dataset.endswith((".h5", ".hdf5")):
-            raise ValueError(
-                f"dataset: expected {', '.join(DATASETS)} or a file ending in .h5, "
-                f"got {_short(self.dataset)}"
-            )
+        batch, epochs = self.batch_size, self.epochs
+        named = self.dataset in DATASETS or self.dataset.endswith((".h5", ".hdf5"))
+        for name, fits, expected in (
+            ("seed", len(set(self.seed)) == len(self.seed), "different seeds"),
+            ("accumulate", self.accumulate <= batch, f"at most batch_size ({batch})"),
+            ("warmup_epochs", self.warmup_epochs < epochs, f"fewer than epochs ({epochs})"),
+            ("dataset", named, f"{', '.join(DATASETS)} or a file ending in .h5"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")
         for kind in (BinningConfig, Augmentation):
-            self._check_settings(kind)
-
-    def _check_settings(self, kind: type) -> None:
-        """Raise what `kind` raises for the values it is given here, by the option's name."""
-        try:
-            kind(**self.settings(kind))
-        except ValueError as error:
-            part, _, rest = str(error).partition(": ")
-            names = {f.metadata["sets"][1]: f.name for f in OPTIONS if "sets" in f.metadata}
-            raise ValueError(f"{names.get(part, part)}: {rest}") from None
+            try:
+                kind(**self.settings(kind))
+            except ValueError as error:
+                # it names its own argument
+                part, _, rest = str(error).partition(": ")
+                names = {f.metadata.get("sets"): f.name for f in OPTIONS}
+                raise ValueError(f"{names.get((kind, part), part)}: {rest}") from None
 
     def settings(self, kind: type) -> dict[str, Any]:
         """The arguments of BinningConfig or Augmentation that options set."""
@@ -345,12 +240,6 @@ class TrainConfig:
 
 OPTIONS: tuple[dataclasses.Field, ...] = dataclasses.fields(TrainConfig)
 RESULT_OPTIONS = tuple(f.name for f in OPTIONS if f.metadata["result"])
-
-
-def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
-    """A configuration from a mapping of field names; `where` names it in errors."""
-    check_names(values, where)
-    return TrainConfig(**values)
 
 
 def check_names(values: Iterable[str], where: str) -> None:
@@ -374,11 +263,7 @@ def completed(
 
 
 def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """In which option that a result depends on two runs differ, in words; None: in none.
-
-    Args:
-        there, here: options as JSON values; either may lack those that came after it.
-    """
+    """In which option that a result depends on two runs' options differ, in words, if in any."""
     there, here = completed(there), completed(here)
     for name in RESULT_OPTIONS:
         if there[name] != here[name]:
@@ -386,21 +271,16 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     return None
 
 
-def value_type(f: dataclasses.Field) -> str:
-    """A field's type without None."""
-    return f.type.split(" | ")[0]
-
-
 def _check_value(f: dataclasses.Field, value: Any) -> None:
     """Raise ValueError unless a value, from a file or a caller, fits a field."""
     if value is None and "None" in f.type:
         return
-    choices, check = f.metadata.get("choices"), f.metadata.get("check")
+    choices, (test, expected) = f.metadata.get("choices"), f.metadata.get("check", (bool, None))
     values = value if isinstance(value, tuple) else (value,)
     # a list of them, since a value that cannot be hashed cannot be looked up in a dict
     if choices is not None and not all(v in list(choices) for v in values):
         raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {_short(value)}")
-    kind = value_type(f)
+    kind = f.type.split(" | ")[0]
     fits = {
         "int": _is_int(value),
         "float": _is_int(value) or (isinstance(value, float) and math.isfinite(value)),
@@ -412,8 +292,8 @@ def _check_value(f: dataclasses.Field, value: Any) -> None:
     if not fits:
         kind = "whole numbers" if kind == "tuple[int, ...]" else kind
         raise ValueError(f"{f.name}: expected {kind}, got {_short(value)}")
-    if check is not None and not all(map(check.test, values)):
-        raise ValueError(f"{f.name}: expected {check.expected}, got {_short(value)}")
+    if expected and not all(map(test, values)):
+        raise ValueError(f"{f.name}: expected {expected}, got {_short(value)}")
 
 
 def _is_int(value: Any) -> bool:

@@ -12,14 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpn_triton.training.options import (
-    OPTIONS,
-    TAKE_UP,
-    TrainConfig,
-    check_names,
-    did_you_mean,
-    value_type,
-)
+from gpn_triton.training.options import OPTIONS, TAKE_UP, TrainConfig, check_names, did_you_mean
 from gpn_triton.training.presets import PRESETS
 from gpn_triton.training.run_folder import CONFIG, newest_unfinished, read_options
 
@@ -52,10 +45,9 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; an unknown flag is named, with the one that was probably meant."""
         found, rest = self.parse_known_args(args, namespace)
         if rest:
-            wrong = next((text for text in rest if text.startswith("-")), None)
+            wrong = next((text.split("=")[0] for text in rest if text.startswith("-")), None)
             if wrong is None:
                 self.error(f"unexpected argument {rest[0]}")
-            wrong = wrong.split("=")[0]
             flags = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"unknown option {wrong}{did_you_mean(wrong, flags)}")
         return found
@@ -81,20 +73,20 @@ def build_parser(everything: bool = False) -> Parser:
     about = parser.add_argument_group("Help")
     about.add_argument("-h", "--help", action=_Help, help="Shows the options needed first.")
     about.add_argument("--help-all", action=_Help, help="Shows all options.")
-    groups: dict[str, Any] = {}
+    group = about
     for f in OPTIONS:
         about = f.metadata
-        title = about["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
+        if group.title != about["group"]:
+            group = parser.add_argument_group(about["group"])
         text = about["help"].replace("%", "%%")
         if f.default not in (None, ()) and f.default is not False:
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            text += f" (default: {shown})"
+            shown = f.default if isinstance(f.default, tuple) else (f.default,)
+            text += f" (default: {' '.join(map(str, shown))})"
         given = {k: about[k] for k in ("choices", "metavar", "nargs", "const") if k in about}
         group.add_argument(
             "--" + f.name.replace("_", "-"),
             help=text if everything or about["newcomer"] else argparse.SUPPRESS,
-            **{**_READ[value_type(f)], **given},
+            **{**_READ[f.type.split(" | ")[0]], **given},
         )
     return parser
 
@@ -125,8 +117,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     for source in TAKE_UP:
         if source in flags:
             return _of_run(flags, source)
-    values = _read_toml(flags["config"]) if "config" in flags else {}
-    given = {**values, **flags}
+    given = (_read_toml(flags["config"]) if "config" in flags else {}) | flags
     preset = PRESETS.get(str(given.get("preset")), {})
     if "train_file" in given and "dataset" in given:
         raise ValueError("dataset: expected either --dataset or --train-file, got both")
@@ -140,12 +131,11 @@ def _of_run(flags: dict[str, Any], source: str) -> TrainConfig:
     """The configuration a run folder holds, with what may be given anew beside it."""
     auto = flags[source] == "auto"
     run = str(newest_unfinished(flags.get("out", "runs"))) if auto else flags[source]
-    allowed = {source} | ({"out"} if auto else set())
+    allowed = {source, "out" if auto else source}
     allowed |= {f.name for f in OPTIONS if source in f.metadata["beside"]}
-    if extra := sorted(set(flags) - allowed):
+    if extra := ["--" + name.replace("_", "-") for name in sorted(set(flags) - allowed)]:
         raise ValueError(
-            f"{source}: takes its options from {run}/{CONFIG}: remove "
-            + ", ".join("--" + name.replace("_", "-") for name in extra)
+            f"{source}: takes its options from {run}/{CONFIG}: remove {', '.join(extra)}"
         )
     return TrainConfig(**{**read_options(run, source), **flags, source: run})
 

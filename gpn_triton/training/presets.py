@@ -13,15 +13,11 @@ _SMALL = {**_PLAIN, "dropout": 0.5, "schedule": "cosine"}
 _WIDE = {**_PLAIN, "dropout": 0.25, "schedule": "plateau", "epochs": 150}
 _SHD = {"dataset": "shd", "lr": 5e-4, "epochs": 150}
 _SHD_SMALL = {**_SMALL, **_SHD, "hidden": (128,), "batch_size": 32}
+_SSC = {"dataset": "ssc", "lr": 1e-3}
 _SSC_SMALL = {
-    **_SMALL,
-    "dataset": "ssc",
-    "hidden": (512, 256, 128),
-    "lr": 1e-3,
-    "weight_decay": 5e-4,
-    "batch_size": 256,
+    **_SMALL, **_SSC, "hidden": (512, 256, 128), "weight_decay": 5e-4, "batch_size": 256,
     "epochs": 300,
-}
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "shd-small": {**_SHD_SMALL, "time_bins": 20},
     "shd-authors": {**_SHD_SMALL, "time_bins": 20, "binning": "authors"},
@@ -30,11 +26,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ssc-small": {**_SSC_SMALL, "time_bins": 50},
     "ssc-paper": {**_SSC_SMALL, "time_bins": 60},
     "ssc-wide": {
-        **_WIDE,
-        "dataset": "ssc",
-        "hidden": (1024, 1024, 1024),
-        "time_bins": 60,
-        "lr": 1e-3,
-        "batch_size": 1024,
+        **_WIDE, **_SSC, "hidden": (1024,) * 3, "time_bins": 60, "batch_size": 1024
     },
-}
+}  # fmt: skip
