@@ -35,7 +35,7 @@ AUGMENTATIONS = {
     "nothing": Augmentation(),
     "everything": EVERYTHING,
 }
-KEYS = ((0, 0), (7, 3), (2**32 - 1, 2**31))
+KEYS = ((7, 3), (2**32 - 1, 2**31))
 
 
 def naive_fold(h, word):
@@ -122,7 +122,7 @@ def assert_as_the_loop(store, indices, config, augmentation=None, key=(0, 0)):
     return counts.cpu()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     times=st.lists(st.lists(st.floats(0, 2, width=32), max_size=12), min_size=1, max_size=4),
     time_bins=st.integers(1, 40),

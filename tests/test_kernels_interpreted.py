@@ -82,27 +82,24 @@ def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, ev
     check_gradients(gradients, expected, tolerance.gradient)
 
 
-@pytest.mark.parametrize(
-    "strategy, T, B, N, options",
-    [
-        ("stepwise", 1, 1, 1, {}),
-        ("stepwise", 7, 13, 37, {"forward_steps": 3, "backward_steps": 2}),
-        ("stepwise", 2, 33, 160, {"hoist": False}),
-        ("stepwise", 7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6}),
-        ("stepwise", 2, 1, 128, {"every": 2}),
-        ("stepwise", 5, 1, 64, {"mean": True, "every": 5}),
-        ("stepwise", 2, 13, 100, {}),
-        ("persistent", 1, 1, 1, {}),
-        ("persistent", 9, 33, 64, {"backward_steps": 4}),
-        ("persistent", 36, 5, 16, {"forward_steps": 32, "backward_steps": 7}),
-        ("persistent", 7, 13, 37, {"every": 3, "backward_steps": 6}),
-        ("persistent", 7, 40, 100, {"mean": True, "every": 3}),
-        ("persistent", 5, 13, 16, {"mean": True, "every": 5}),
-        ("persistent", 2, 1, 128, {}),
-        ("persistent", 40, 1, 16, {"mean": True, "forward_steps": 32, "backward_steps": 8}),
-        ("persistent", 7, 33, 160, {"variant": "no-fitb", "every": 3}),
-    ],
-)
+@pytest.mark.parametrize("strategy, T, B, N, options", [
+    ("stepwise", 1, 1, 1, {}),
+    ("stepwise", 7, 13, 37, {"forward_steps": 3, "backward_steps": 2}),
+    ("stepwise", 2, 33, 160, {"hoist": False}),
+    ("stepwise", 7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6}),
+    ("stepwise", 2, 1, 128, {"every": 2}),
+    ("stepwise", 5, 1, 64, {"mean": True, "every": 5}),
+    ("stepwise", 2, 13, 100, {}),
+    ("persistent", 1, 1, 1, {}),
+    ("persistent", 9, 33, 64, {"backward_steps": 4}),
+    ("persistent", 36, 5, 16, {"forward_steps": 32, "backward_steps": 7}),
+    ("persistent", 7, 13, 37, {"every": 3, "backward_steps": 6}),
+    ("persistent", 4, 33, 100, {"mean": True, "every": 3}),
+    ("persistent", 5, 13, 16, {"mean": True, "every": 5}),
+    ("persistent", 2, 1, 128, {}),
+    ("persistent", 40, 1, 16, {"mean": True, "forward_steps": 32, "backward_steps": 8}),
+    ("persistent", 7, 33, 160, {"variant": "no-fitb", "every": 3}),
+])  # fmt: skip
 def test_both_strategies_equal_the_specification(strategy, T, B, N, options):
     check(strategy, T, B, N, **options)
 
@@ -120,17 +117,14 @@ def test_every_surrogate_equals_the_specification(surrogate, alpha):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "strategy, T, B, N, options",
-    [
-        ("stepwise", 7, 13, 37, {"every": 3}),
-        ("stepwise", 2, 33, 160, {"hoist": False, "mean": True}),
-        ("persistent", 6, 13, 64, {}),
-        ("persistent", 4, 33, 100, {"mean": True, "every": 3}),
-        ("persistent", 2, 1, 128, {"variant": "no-i"}),
-        ("persistent", 3, 5, 37, {"mean": True, "every": 2}),
-    ],
-)
+@pytest.mark.parametrize("strategy, T, B, N, options", [
+    ("stepwise", 7, 13, 37, {"every": 3}),
+    ("stepwise", 2, 33, 160, {"hoist": False, "mean": True}),
+    ("persistent", 6, 13, 64, {}),
+    ("persistent", 4, 33, 100, {"mean": True, "every": 3}),
+    ("persistent", 2, 1, 128, {"variant": "no-i"}),
+    ("persistent", 3, 5, 37, {"mean": True, "every": 2}),
+])  # fmt: skip
 def test_half_types_stay_near_the_specification(strategy, T, B, N, options, dtype):
     check(strategy, T, B, N, dtype=dtype, **options)
 
@@ -190,14 +184,11 @@ def run(backend, loss, dtype=None, strange=False, **options):
     return [out.detach(), v_final.detach(), *gradients]
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda out, v: (out * torch.arange(16.0, device=out.device)).sum() + v.sin().sum(),
-        lambda out, v: out.mT.mean(),  # an expanded cotangent, strides 0
-        lambda out, v: v.t().sin().sum(),  # no cotangent of the spikes, a transposed one of v
-    ],
-)
+@pytest.mark.parametrize("loss", [
+    lambda out, v: (out * torch.arange(16.0, device=out.device)).sum() + v.sin().sum(),
+    lambda out, v: out.mT.mean(),  # an expanded cotangent, strides 0
+    lambda out, v: v.t().sin().sum(),  # no cotangent of the spikes, a transposed one of v
+])  # fmt: skip
 @pytest.mark.parametrize("output", ["spikes", "mean"])
 def test_triton_and_torch_backends_agree_whatever_the_strides(output, loss):
     expected = run("torch", loss, output=output)

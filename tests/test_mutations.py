@@ -61,21 +61,15 @@ def bounds():
 def damage_bytes(path: Path, rng) -> None:
     """Flip, replace, lose or add some of a file's bytes, or make eight of them a huge number."""
     data = bytearray(path.read_bytes())
-    at, length = int(rng.integers(len(data))), int(rng.integers(1, 64))
-    kind = rng.integers(6)
+    at, length, kind = int(rng.integers(len(data))), int(rng.integers(1, 64)), rng.integers(6)
     if kind == 0:
         for k in rng.integers(len(data), size=rng.integers(1, 9)):
             data[k] ^= 1 << int(rng.integers(8))
-    elif kind == 1:
-        data[at : at + length] = bytes(len(data[at : at + length]))
-    elif kind == 2:
-        data[at:at] = rng.bytes(length)
-    elif kind == 3:
-        del data[at : at + length]
-    elif kind == 4:
-        del data[at:]
-    else:
+    elif kind == 5:
         data[at // 8 * 8 :][:8] = int([2**64 - 1, 2**40, 2**31][rng.integers(3)]).to_bytes(8, "big")
+    else:
+        end = {1: at + length, 2: at, 3: at + length, 4: len(data)}[kind]
+        data[at:end] = {1: bytes(len(data[at:end])), 2: rng.bytes(length)}.get(kind, b"")
     path.write_bytes(data)
 
 
