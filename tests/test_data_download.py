@@ -5,7 +5,6 @@ import io
 import os
 import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -292,12 +291,3 @@ def test_a_failed_unpacking_leaves_no_half_file_and_the_archive(tmp_path, serve,
     monkeypatch.undo()
     fetch_shd(tmp_path, serve(good))
     assert (tmp_path / "shd_train.h5").read_bytes() == CONTENTS["train"]
-
-
-def test_processes_that_come_together_fetch_once(tmp_path, serve):
-    host = serve(good)
-    with ThreadPoolExecutor(4) as pool:
-        found = [pool.submit(fetch_shd, tmp_path, host) for _ in range(4)]
-    assert all(files.result() == found[0].result() for files in found)
-    assert sorted(path for path, _ in host.requests) == ["/shd_test.h5.zip", "/shd_train.h5.zip"]
-    assert sorted(os.listdir(tmp_path)) == ["shd_test.h5", "shd_train.h5"]
