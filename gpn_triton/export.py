@@ -20,8 +20,6 @@ sn1.ln.weight [4 N, 2 N] has the columns of v, then those of x. This reads the f
         return model.eval(), about
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from gpn_triton.machine import files
 from gpn_triton.neurons.layers import GPN
 from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
 from gpn_triton.training import run_folder
-from gpn_triton.training.build import input_columns, network_arguments
+from gpn_triton.training.build import build_binning, network_arguments
 from gpn_triton.training.parser import Parser
 from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
 
@@ -43,17 +41,15 @@ FORMAT = 1
 
 
 def describe(trained: TrainedRun) -> dict[str, Any]:
-    """A network as JSON values.
+    """A run's network as JSON values.
 
-    Args:
-        trained: the run.
     Returns:
         format; network: the arguments of SpikingClassifier; class_names; binning: how events become
         its input [time_bins, B, inputs]: num_channels, channel_bin (channels summed into one),
         max_time (seconds), overflow and style, as data.binning.BinningConfig.
     """
     cfg, classes = trained.config, len(trained.class_names)
-    network = network_arguments(cfg, input_columns(cfg, NUM_CHANNELS), classes)
+    network = network_arguments(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
     binning = cfg.settings(BinningConfig)
     # what changes neither the network nor what it computes, and what the network has already
     del network["backend"], network["checkpoint_every"], binning["time_bins"]
@@ -66,10 +62,8 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
 
 
 def authors_weights(model: SpikingClassifier) -> dict[str, Tensor]:
-    """The weights of a GPN network under the authors' names.
+    """The weights of a GPN network of L hidden layers under the authors' names.
 
-    Args:
-        model: of L hidden layers.
     Returns:
         fc1..fc{L + 1}.weight and .bias, the last one the readout; sn1..snL.ln.weight [G N, 2 N],
         columns of v, then of x, and .bias [G N], rows in the order f, i, b, theta. A layer of the
@@ -100,8 +94,7 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
     Returns:
         the files written.
     Raises:
-        FileNotFoundError, ValueError: as run_folder.load_run.
-        OSError: the folder cannot be written.
+        FileNotFoundError, ValueError: as load_run. OSError: the folder cannot be written.
     """
     trained, out = load_run(run), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -123,17 +116,15 @@ def main(argv: list[str] | None = None) -> int:
         "authors' layout, too.",
     )
     parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
-    parser.add_argument(
-        "--out", metavar="DIR", help="Names the folder to write into (default: RUN/export)."
-    )
+    about = "Names the folder to write into (default: RUN/export)."
+    parser.add_argument("--out", metavar="DIR", help=about)
     try:
-        arguments = parser.parse_args(argv)
-        for path in export(arguments.run, arguments.out or Path(arguments.run, "export")):
-            print(path)
+        args = parser.parse_args(argv)
+        print(*export(args.run, args.out or Path(args.run, "export")), sep="\n")
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

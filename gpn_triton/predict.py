@@ -4,8 +4,6 @@ python -m gpn_triton.predict runs/20250131-120000-shd-gpn my_recordings.h5
 python -m gpn_triton.predict RUN FILE.h5 --stream --out -
 """
 
-from __future__ import annotations
-
 import copy
 import csv
 import dataclasses
@@ -21,7 +19,6 @@ from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.sources.hdf5 import read_events
 from gpn_triton.machine import files
 from gpn_triton.machine.device import choose_device
-from gpn_triton.neurons.networks import SpikingClassifier
 from gpn_triton.training.build import build_binning
 from gpn_triton.training.parser import Parser
 from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
@@ -29,17 +26,13 @@ from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
 
 @torch.no_grad()
 def predict(
-    trained: TrainedRun,
-    store: EventStore,
-    device: torch.device | str = "cpu",
-    batch_size: int = 64,
-    stream: bool = False,
-) -> Tensor:
+    trained: TrainedRun, store: EventStore, device: torch.device | str = "cpu",
+    batch_size: int = 64, stream: bool = False,
+) -> Tensor:  # fmt: skip
     """Classify samples, in float64 throughout, whatever the run's precision.
 
-    float64 makes the result the same however the samples are batched and whether a sample comes
-    whole or bin by bin: products of other shapes differ in the last of 53 bits, and rounding the
-    logits to 24 removes that.
+    So the result is the same however samples are batched or streamed: products of other shapes
+    differ in the last of 53 bits, and rounding the logits to 24 removes that.
 
     Args:
         trained: the run. store: samples with 700 channels; their labels do not count.
@@ -58,29 +51,22 @@ def predict(
     logits = []
     for indices in torch.arange(len(events), device=device).split(batch_size):
         x = bin_batch(events, indices, binning).double()
-        logits.append((_streamed(model, x) if stream else model(x)[0]).float().cpu())
+        if stream:
+            state = None
+            for bin in x.split(1):
+                found, state = model.stream(bin, state)
+        else:
+            found = model(x)[0]
+        logits.append(found.float().cpu())
     logits = torch.cat(logits)
     if not logits.isfinite().all():
         raise ValueError("weights: expected finite logits, got some beyond float32")
     return logits
 
 
-def _streamed(model: SpikingClassifier, x: Tensor) -> Tensor:
-    """The logits of x [T, B, C] after its last bin, fed bin by bin."""
-    state = None
-    for bin in x.split(1):
-        logits, state = model.stream(bin, state)
-    return logits
-
-
 def predictions_csv(class_names: tuple[str, ...], logits: Tensor) -> str:
-    """Predictions as CSV: the sample's number, the likeliest class's name, every probability.
-
-    Args:
-        class_names: one name a class. logits [S, classes] float32.
-    Returns:
-        the text, with a head line; probabilities with six digits.
-    """
+    """Predictions as CSV with a head line: the sample's number, the likeliest class's name, every
+    probability with six digits; of logits [S, classes] float32 and one name a class."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["sample", "label", *(f"p({name})" for name in class_names)])
@@ -100,54 +86,44 @@ def build_parser() -> Parser:
         "training, a spike at the edge of its threshold may fall otherwise: an accuracy may differ "
         "from the run's by the odd sample.",
     )
+    # fmt: off
     parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
     parser.add_argument("file", metavar="FILE.h5", help="The samples, in SHD's layout.")
-    parser.add_argument(
-        "--out", default="predictions.csv", metavar="FILE.csv",
+    parser.add_argument("--out", default="predictions.csv", metavar="FILE.csv",
         help="Names the file to write, or - for the standard output; a file that is there is "
-        "replaced (default: predictions.csv).",
-    )  # fmt: skip
-    parser.add_argument(
-        "--stream", action="store_true",
-        help="Feeds the network bin by bin and carries its state from one to the next.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--device", default="auto",
-        help="Chooses where to compute: cpu, cuda or cuda:K; auto takes the GPU where there is "
-        "one (default: auto).",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="B",
-        help="Sets how many samples are computed at once (default: 64).",
-    )  # fmt: skip
+        "replaced (default: %(default)s).")
+    parser.add_argument("--stream", action="store_true",
+        help="Feeds the network bin by bin and carries its state from one to the next.")
+    parser.add_argument("--device", default="auto",
+        help="Chooses where to compute: cpu, cuda or cuda:K; auto takes a GPU that is there "
+        "(default: %(default)s).")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="B",
+        help="Sets how many samples are computed at once (default: %(default)s).")
+    # fmt: on
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
-        return _main(**vars(build_parser().parse_args(argv)))
+        args = build_parser().parse_args(argv)
+        device, trained = choose_device(args.device), load_run(args.run)
+        store = read_events(args.file, num_channels=NUM_CHANNELS, use_cache=False)
+        logits = predict(trained, store, device, args.batch_size, args.stream)
+        text = predictions_csv(trained.class_names, logits)
+        if args.out == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return 0
+        files.write_atomically(Path(args.out), lambda opened: opened.write(text.encode()))
+        agree = (logits.argmax(1) == torch.from_numpy(store.labels)).double().mean().item()
+        print(f"{args.out}: {len(store)} samples, {100 * agree:.2f} % as the file labels them")
+        return 0
     # RuntimeError is torch's own, where memory does not suffice
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
         print(f"error: {reason[0]}", file=sys.stderr)
         return 2
-
-
-def _main(run: str, file: str, out: str, stream: bool, device: str, batch_size: int) -> int:
-    where = choose_device(device)
-    trained = load_run(run)
-    store = read_events(file, num_channels=NUM_CHANNELS, use_cache=False)
-    logits = predict(trained, store, where, batch_size, stream)
-    text = predictions_csv(trained.class_names, logits)
-    if out == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return 0
-    files.write_atomically(Path(out), lambda opened: opened.write(text.encode()))
-    agree = (logits.argmax(1) == torch.from_numpy(store.labels)).double().mean().item()
-    print(f"{out}: {len(store)} samples, {100 * agree:.2f} % as the file labels them")
-    return 0
 
 
 if __name__ == "__main__":

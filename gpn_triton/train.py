@@ -6,8 +6,6 @@ python -m gpn_triton.train --train-file my_train.h5 --test-file my_test.h5 --see
 python -m gpn_triton.train --resume auto
 """
 
-from __future__ import annotations
-
 import sys
 
 from gpn_triton.machine.device import is_out_of_memory

@@ -89,12 +89,12 @@ def test_a_sample_of_65_thousand_events_does_not_spill_into_the_next_cell(
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
-    from gpn_triton.data import binning
+    from gpn_triton.machine import device
 
     events, indices, config = DeviceEvents(make_store(3)), torch.tensor([0]), BinningConfig(2)
     with pytest.raises(ValueError, match="backend: expected one of auto, triton, torch, got 'jax'"):
         bin_batch(events, indices, config, backend="jax")
-    monkeypatch.setattr(binning, "triton_unavailable", lambda _: "there is none")
+    monkeypatch.setattr(device, "triton_unavailable", lambda _: "there is none")
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: there is none"):
         bin_batch(events, indices, config, backend="triton")
     assert bin_batch(events, indices, config).any()

@@ -6,8 +6,6 @@ are float32 with one rounding an operation, so that the kernel, compiled without
 reproduces every count.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +25,11 @@ from gpn_triton.data.augmentation import (
     where,
 )
 from gpn_triton.data.events import DeviceEvents
-from gpn_triton.machine.device import BACKENDS, triton_unavailable
+from gpn_triton.machine.device import BACKENDS, choose_backend
 from gpn_triton.neurons.event_linear import Cells
 
+# of the draws: what they depend on beside the sample and the event
+Key = Tensor | tuple[int, int]
 STYLES = ("counts", "authors")
 OVERFLOWS = ("drop", "clip")
 NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
@@ -76,22 +76,19 @@ class BinningConfig:
 
     def __post_init__(self):
         for name, choices in (("style", STYLES), ("overflow", OVERFLOWS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(map(str, choices))}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name in ("time_bins", "channel_bin"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+            if (value := getattr(self, name)) not in choices:
+                known = ", ".join(map(str, choices))
+                raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+        for name, value in (("time_bins", self.time_bins), ("channel_bin", self.channel_bin)):
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: expected at least 1, got {value!r}")
         if not 0 < self.max_time < math.inf:
             raise ValueError(f"max_time: expected seconds above 0, got {self.max_time!r}")
         if self.style == "authors":
-            for name, value in (("max_time", 1.0), ("channel_bin", 1), ("overflow", "drop")):
-                if getattr(self, name) != value:
+            for name, only in (("max_time", 1.0), ("channel_bin", 1), ("overflow", "drop")):
+                if (value := getattr(self, name)) != only:
                     raise ValueError(
-                        f"{name}: the authors' binning knows only {value}, "
-                        f"got {getattr(self, name)!r}"
+                        f"{name}: the authors' binning knows only {only}, got {value!r}"
                     )
 
     def columns(self, channels: int) -> int:
@@ -104,13 +101,9 @@ class BinningConfig:
 
 
 def batch_input(
-    events: DeviceEvents,
-    indices: Tensor,
-    config: BinningConfig,
-    augmentation: Augmentation | None,
-    key: Tensor | tuple[int, int] | None,
-    sparse: bool,
-) -> Tensor | Cells:
+    events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
+    key: Key | None, sparse: bool,
+) -> Tensor | Cells:  # fmt: skip
     """Some samples in the form in which the network takes them soonest.
 
     On a CPU that is a list of events, where the samples have few a cell, or a copy of counts that
@@ -121,12 +114,10 @@ def batch_input(
         sparse: whether the network can take a list of events.
     Returns:
         Cells of shape (T, B, columns), or counts [T, B, columns] of config.dtype.
-    Raises:
-        ValueError: as in bin_batch.
     """
-    _check(indices, augmentation, key)
     if sparse and prefers_cells(events, config):
         return bin_cells(events, indices, config, augmentation, key)
+    _check(indices, augmentation, key)
     if events.kept is not None:
         counts = _kept_counts(events, indices, config, augmentation, key)
         if counts is not None:
@@ -135,20 +126,15 @@ def batch_input(
 
 
 def prefers_cells(events: DeviceEvents, config: BinningConfig) -> bool:
-    """Whether bin_cells and event_linear are faster than bin_batch and a Linear: on a CPU, where
-    the samples have few events a cell on average (see CELLS_DENSITY)."""
+    """Whether bin_cells and event_linear are faster than bin_batch and a Linear."""
     cells = config.time_bins * config.columns(events.num_channels)
     return events.times.device.type == "cpu" and events.mean / cells <= CELLS_DENSITY
 
 
 def bin_batch(
-    events: DeviceEvents,
-    indices: Tensor,
-    config: BinningConfig,
-    augmentation: Augmentation | None = None,
-    draw_key: Tensor | tuple[int, int] | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    events: DeviceEvents, indices: Tensor, config: BinningConfig,
+    augmentation: Augmentation | None = None, draw_key: Key | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Count the events of some samples by time bin and channel.
 
     With the Triton kernels the host waits for nothing and learns nothing of the data: a CUDA graph
@@ -161,12 +147,10 @@ def bin_batch(
             check that there are such samples.
         config: bins, window, channels and dtype.
         augmentation: what to change; None: nothing.
-        draw_key [2] int64: what the draws depend on beside the sample and the event, such as
-            (seed, epoch); the low 32 bits of each count. A tensor on the events' device, or two
-            integers. Needed with an augmentation.
-        backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto: triton
-            for CUDA tensors where the kernels can run, else torch. Counts are the same, bit for
-            bit. A backend asked for by name runs or raises.
+        draw_key [2] int64: see Key; such as (seed, epoch), of which the low 32 bits count. A tensor
+            on the events' device, or two integers. Needed with an augmentation.
+        backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto; see
+            device.choose_backend. Counts are the same, bit for bit.
     Returns:
         counts [T, B, ceil(C / channel_bin)] of config.dtype.
     Raises:
@@ -175,7 +159,9 @@ def bin_batch(
         RuntimeError: the backend asked for cannot run here.
     """
     _check(indices, augmentation, draw_key)
-    if _choose_backend(backend, events.times) == "triton":
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if choose_backend(backend, events.times) == "triton":
         from gpn_triton.kernels.binning import binning_count
 
         key = None
@@ -198,12 +184,9 @@ def bin_batch(
 
 
 def bin_cells(
-    events: DeviceEvents,
-    indices: Tensor,
-    config: BinningConfig,
-    augmentation: Augmentation | None = None,
-    draw_key: Tensor | tuple[int, int] | None = None,
-) -> Cells:
+    events: DeviceEvents, indices: Tensor, config: BinningConfig,
+    augmentation: Augmentation | None = None, draw_key: Key | None = None,
+) -> Cells:  # fmt: skip
     """The events that bin_batch counts, as a sorted list for event_linear; in torch alone.
 
     Args:
@@ -239,8 +222,7 @@ class KeptCounts:
         self._counts = np.zeros(shape, np.uint8) if fits else None
 
     def batch(self, events: DeviceEvents, indices: Tensor, shifts: list[int]) -> Tensor | None:
-        """Counts [T, B, columns] uint8 of some samples, each moved by so many columns; None where
-        counts are not kept."""
+        """Counts [T, B, columns] uint8 of samples moved by so many columns, where they are kept."""
         samples = indices.numpy()
         missing = np.unique(samples[~self._made[samples]])
         if self._counts is not None and len(missing):
@@ -261,12 +243,9 @@ class KeptCounts:
 
 
 def _kept_counts(
-    events: DeviceEvents,
-    indices: Tensor,
-    config: BinningConfig,
-    augmentation: Augmentation | None,
-    key: Tensor | tuple[int, int] | None,
-) -> Tensor | None:
+    events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
+    key: Key | None,
+) -> Tensor | None:  # fmt: skip
     """What bin_batch returns, from kept counts; None where these cannot tell."""
     shifts = [0] * len(indices)
     if augmentation is not None:
@@ -284,23 +263,7 @@ def _kept_counts(
     return None if counts is None else counts.to(config.dtype)
 
 
-def _choose_backend(backend: str, times: Tensor) -> str:
-    """torch or triton; raises RuntimeError if triton was asked for and cannot run."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "torch" or (backend == "auto" and not times.is_cuda):
-        return "torch"
-    reason = triton_unavailable(times)
-    if reason is not None and backend == "triton":
-        raise RuntimeError(f"backend='triton' cannot run: {reason}")
-    return "triton" if reason is None else "torch"
-
-
-def _check(
-    indices: Tensor,
-    augmentation: Augmentation | None,
-    draw_key: Tensor | tuple[int, int] | None,
-) -> None:
+def _check(indices: Tensor, augmentation: Augmentation | None, draw_key: Key | None) -> None:
     """Raise ValueError for indices of another type or shape, or an augmentation without a key."""
     if indices.dtype != torch.int64 or indices.ndim != 1:
         raise ValueError(f"indices: expected int64 [B], got {indices.dtype} {list(indices.shape)}")
@@ -309,12 +272,9 @@ def _check(
 
 
 def _cells(
-    events: DeviceEvents,
-    indices: Tensor,
-    config: BinningConfig,
-    augmentation: Augmentation | None,
-    draw_key: Tensor | tuple[int, int] | None,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+    events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
+    draw_key: Key | None,
+) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
     """For one block of samples after the other: each event's place in counts.flatten() [E] int64,
     and 1 for an event that stays, 0 for another [E] float32; None: all stay."""
     shape = config.shape(events, indices)
@@ -343,13 +303,9 @@ def _cells(
 
 
 def _place(
-    config: BinningConfig,
-    t: Tensor,
-    unit: Tensor,
-    weight: Tensor | None,
-    channels: int,
+    config: BinningConfig, t: Tensor, unit: Tensor, weight: Tensor | None, channels: int,
     jittered: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Each event's time bin and column, of unit's type, and its weight as in _cells.
 
     jittered: whether times may lie below 0. t is changed in place.
@@ -373,12 +329,11 @@ def _collect(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Times [E] float32 and units [E] of some samples, copies, one sample behind the other; first
     event and number of events of each sample [B] int64."""
-    first = events.offsets.index_select(0, indices)
-    end = events.offsets.index_select(0, indices + 1)
+    first, end = (events.offsets.index_select(0, indices + k) for k in (0, 1))
     count = end - first
     if indices.device.type == "cpu":
         # samples are runs of memory: 0.1 ms for 64 of 2,700 events, by index 1.0 (EPYC, 1 thread)
-        spans = [slice(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+        spans = list(map(slice, first.tolist(), end.tolist()))
         times, units = events.times.numpy(), events.units.numpy().view("uint16")
         t = np.concatenate([times[span] for span in spans])
         unit = np.concatenate([units[span] for span in spans], dtype=NUMPY[dtype])

@@ -1,7 +1,5 @@
 """A data set by its name or its files, as training, validation and test samples."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from gpn_triton.data.events import EventStore, check_range
 from gpn_triton.data.hold_out import choose_split
 from gpn_triton.data.sources.download import PARTS, fetch
 from gpn_triton.data.sources.hdf5 import check_file, read_events
+from gpn_triton.data.sources.synthetic import synthetic_splits
 
 # the sets known by name; what ends in .h5 is a file
 DATASETS = ("synthetic", *PARTS)
@@ -28,9 +27,8 @@ class Splits:
     """Training, validation and test samples of one data set.
 
     Args:
-        train, valid: read already.
-        load_test: reads the test samples; called once, when `test` is first asked for, so that
-            training cannot have seen them.
+        train, valid: read already. load_test: reads the test samples; called once, when `test` is
+            first asked for, so that training cannot have seen them.
         description: one line for people: where each part comes from.
     """
 
@@ -55,7 +53,7 @@ class DataSource:
             the training data first, then a missing validation part.
         samples, classes: training samples and words of synthetic.
         valid_split, valid_fraction: see hold_out.choose_split; for a held-out test part, too.
-        data_dir, download: see download.fetch. cache_dir, num_channels: see hdf5.read_events.
+        data_dir, download: see download.fetch. cache_dir: see hdf5.read_events.
     """
 
     dataset: str | os.PathLike = "synthetic"
@@ -69,15 +67,10 @@ class DataSource:
     data_dir: str | os.PathLike = "data"
     cache_dir: str | os.PathLike | None = None
     download: bool = False
-    num_channels: int = 700
 
     def files(self) -> tuple[str | os.PathLike, dict[str, str | os.PathLike | None]]:
-        """The data's name and the file of each part, fetched where that is asked for; a part
-        without a file is to be split off.
-
-        Raises:
-            ValueError: an unknown name. FileNotFoundError, ConnectionError: see download.fetch.
-        """
+        """The data's name and each part's file, fetched where that is asked for, or None to split
+        it off. Raises ValueError for an unknown name, and what download.fetch does."""
         own = {"valid": self.valid_file, "test": self.test_file}
         if self.train_file is not None:
             return self.train_file, {"train": self.train_file, **own}
@@ -102,9 +95,6 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
             split that cannot be. FileNotFoundError, ConnectionError: no such file.
     """
     if source.train_file is None and source.dataset == "synthetic":
-        # imported when needed: only this set needs it
-        from gpn_triton.data.sources.synthetic import synthetic_splits
-
         made = synthetic_splits(source.samples, seed, source.classes)
         about = f"synthetic, seed {seed}: {_sizes(made.train, made.valid)}"
         return Splits(made.train, made.valid, lambda: made.test, about)
@@ -113,7 +103,7 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
     how_to_split = source.valid_split, source.valid_fraction
 
     def read(part: str) -> EventStore:
-        store = read_events(files[part], source.cache_dir, source.num_channels)
+        store = read_events(files[part], source.cache_dir)
         known = KNOWN_COUNTS.get(name, {}).get(part, len(store))
         if len(store) != known:
             warnings.warn(
@@ -124,10 +114,9 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
     train = read("train")
     classes, valid_how = train.class_names, Path(files.get("valid") or name).name
     if files.get("test") is None:
-        whole = train
-        kept, held, how = choose_split(whole, *how_to_split, seed + 1)
-        train = whole.subset(kept)
-        load_test = partial(whole.subset, held)
+        kept, held, how = choose_split(train, *how_to_split, seed + 1)
+        load_test = partial(train.subset, held)
+        train = train.subset(kept)
         test_how = f"{len(held)} samples held out, {how}"
     else:
         # so that a wrong name is not found out after the training

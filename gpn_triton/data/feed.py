@@ -37,7 +37,7 @@ GATHERED = 256
 
 def make_feed(
     store: EventStore, device: torch.device | str, limit_mib: float | None = None
-) -> tuple[Feed | StreamedFeed, str]:
+) -> tuple[Feed, str]:
     """The whole set on the device where it fits a limit, else streamed.
 
     Args:
@@ -68,8 +68,6 @@ def make_feed(
 class Feed:
     """A set that lies on the device.
 
-    Args:
-        events: the set.
     Attributes:
         events: what `batch` numbers; its tensors keep their addresses.
     """
@@ -94,7 +92,7 @@ class Feed:
         Raises:
             ValueError: an order of another type or shape, or first or batch out of range.
         """
-        _check(order, first, batch, len(self))
+        self._check(order, first, batch)
         if order is None:
             order = torch.arange(len(self), device=self._order.device)
         self._order.copy_(order)
@@ -107,22 +105,39 @@ class Feed:
         Raises:
             ValueError: the pass has fewer samples left.
         """
-        _check_left(size, self._left)
+        if size > self._left:
+            raise ValueError(f"size: expected at most {self._left}, the samples left, got {size}")
         self._left -= size
 
     def batch(self, size: int) -> Tensor:
         """The next samples' places in `events` [size] int64; launches only."""
-        return self._order.index_select(0, _advance(self._position, size))
+        return self._order.index_select(0, self._advance(size))
+
+    def _advance(self, size: int) -> Tensor:
+        """The positions of the next samples [size] int64, which are then behind."""
+        places = torch.arange(size, device=self._position.device) + self._position
+        self._position += size
+        return places
+
+    def _check(self, order: Tensor | None, first: int, batch: int) -> None:
+        """Raise ValueError for what no pass can be."""
+        samples = len(self)
+        if order is not None and (order.dtype != torch.int64 or order.shape != (samples,)):
+            raise ValueError(
+                f"order: expected int64 [{samples}], got {order.dtype} {list(order.shape)}"
+            )
+        if not 0 <= first <= samples:
+            raise ValueError(f"first: expected 0..{samples}, got {first}")
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {batch}")
 
 
-class StreamedFeed:
+class StreamedFeed(Feed):
     """A set in host memory of which one shard is on the device, and another on its way.
 
     Args:
-        store: the set. device: where its batches shall be.
-        limit_mib: device memory for both shards.
-    Attributes:
-        events: the shard in use, as large as half of the limit allows; as in Feed.
+        store: the set. device: where its batches shall be. limit_mib: device memory for both
+            shards; `events`, the one in use, is as large as half of it allows.
     """
 
     def __init__(self, store: EventStore, device: torch.device | str, limit_mib: float):
@@ -141,18 +156,21 @@ class StreamedFeed:
             offsets=np.zeros(S + 1, np.int64),
             labels=np.zeros(S, np.int64),
         )
-        self.events = DeviceEvents(blank, device, torch.zeros(S, dtype=torch.int64, device=device))
+        # the position is the shard's, and the order the host's
+        super().__init__(
+            DeviceEvents(blank, device, torch.zeros(S, dtype=torch.int64, device=device))
+        )
         # batch_input chooses a batch's form by these, which must not change from shard to shard
         self.events.longest, self.events.mean = int(self._counts.max()), float(self._counts.mean())
 
         cuda = device.type == "cuda"
-        self._shard = _tensors(self.events)
+        names = ("times", "units", "offsets", "labels", "numbers")
+        self._shard = [getattr(self.events, name) for name in names]
         self._staging = [torch.empty_like(t) for t in self._shard]
         self._hosts = [
             [torch.empty(t.shape, dtype=t.dtype, pin_memory=cuda) for t in self._shard]
             for _ in range(2)
         ]
-        self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device) if cuda else None
         if cuda:
             self._copied = [torch.cuda.Event(), torch.cuda.Event()]
@@ -162,23 +180,16 @@ class StreamedFeed:
         self._thread = futures.ThreadPoolExecutor(1, "events")
         self._gathered: futures.Future | None = None
         self._staged: tuple[int, ...] | None = None
-        self._left = 0
-
-    def __len__(self) -> int:
-        """Samples of the whole set."""
-        return len(self._store)
 
     def start(self, order: Tensor | None, first: int, batch: int) -> None:
-        """Begin a pass; waits for the order, and for what is left of a pass given up midway.
+        """As Feed's; waits for the order, and for what is left of a pass given up midway.
 
-        Args:
-            order, first, batch: as in Feed.
         Raises:
-            ValueError: as in Feed, or event_mib: the largest batch there can be does not fit half
-                of the limit.
+            ValueError: as Feed's, or event_mib: the largest batch there can be does not fit half of
+                the limit.
         """
         S = len(self)
-        _check(order, first, batch, S)
+        self._check(order, first, batch)
         need = int(self._most[min(batch, S) - 1])
         if need > self._capacity:
             least = math.ceil(2 * _bytes(need, S) / MIB)
@@ -197,24 +208,18 @@ class StreamedFeed:
         self._gather()
 
     def ahead(self, size: int) -> None:
-        """See that the events of the next batch are on the device, before `batch` numbers them.
-
-        Raises:
-            ValueError: the pass, or the run of batches of the size told to `start`, has fewer
-                samples left. What the thread raised.
-        """
+        """As Feed's, for batches of the size told to `start`; raises what the thread raised."""
         if not self._left and (self._staged or self._gathered):
             if self._staged is None:
                 self._stage()
             self._swap()
-        _check_left(size, self._left)
-        self._left -= size
+        super().ahead(size)
         if self._staged is None and self._gathered is not None and self._gathered.done():
             self._stage()
 
     def batch(self, size: int) -> Tensor:
-        """The next samples' places in `events` [size] int64; launches only."""
-        return _advance(self._row, size)
+        """As Feed's; the order is that of the shard."""
+        return self._advance(size)
 
     def _gather(self) -> None:
         """Have the thread gather the pass's next shard, if there is one."""
@@ -246,22 +251,18 @@ class StreamedFeed:
     def _swap(self) -> None:
         """Make the staged shard the one in use; all on the current stream."""
         if self._stream is not None:
-            current = torch.cuda.current_stream(self._row.device)
+            current = torch.cuda.current_stream(self._position.device)
             current.wait_event(self._copied[self._last_host])
         for to, t, size in zip(self._shard, self._staging, self._staged, strict=True):
             to[:size].copy_(t[:size])
-        self._row.zero_()
+        self._position.zero_()
         if self._stream is not None:
             self._swapped = current.record_event()
         self._left, self._staged = self._staged[-1], None
 
 
-def _tensors(events: DeviceEvents) -> list[Tensor]:
-    return [events.times, events.units, events.offsets, events.labels, events.numbers]
-
-
 def _gather(store: EventStore, numbers: np.ndarray, to: list[Tensor]) -> tuple[int, ...]:
-    """Samples of a store, one behind the other, and how much of each of _tensors they fill."""
+    """Samples of a store, one behind the other, and how much of each tensor they fill."""
     times, units, offsets, labels, shard_numbers = to
     K = len(numbers)
     begin, end = store.offsets[numbers], store.offsets[numbers + 1]
@@ -298,30 +299,6 @@ def _cuts(counts: np.ndarray, batch: int, capacity: int, first: int) -> list[int
     return [first + cut for cut in cuts]
 
 
-def _advance(position: Tensor, size: int) -> Tensor:
-    """position [1] up to position + size, [size] int64, and position moved on."""
-    places = torch.arange(size, device=position.device) + position
-    position += size
-    return places
-
-
 def _bytes(events: int, samples: int) -> int:
     # there is one offset more than samples
     return EVENT_BYTES * events + SAMPLE_BYTES * samples + 8
-
-
-def _check(order: Tensor | None, first: int, batch: int, samples: int) -> None:
-    """Raise ValueError for what no pass over so many samples can be."""
-    if order is not None and (order.dtype != torch.int64 or order.shape != (samples,)):
-        raise ValueError(
-            f"order: expected int64 [{samples}], got {order.dtype} {list(order.shape)}"
-        )
-    if not 0 <= first <= samples:
-        raise ValueError(f"first: expected 0..{samples}, got {first}")
-    if batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {batch}")
-
-
-def _check_left(size: int, left: int) -> None:
-    if size > left:
-        raise ValueError(f"size: expected at most {left}, the samples left, got {size}")

@@ -1,7 +1,5 @@
 """Validation samples split off a training set: whole speakers, or at random class by class."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from gpn_triton.data.events import EventStore
@@ -11,11 +9,12 @@ METHODS = ("auto", "speakers", "stratified")
 MOST_FOR_SPEAKERS = 0.15
 # random orders of the speakers that are tried, and how near to the fraction is near enough
 _ORDERS, _NEAR = 100, 0.2
+# sample numbers of the training and of the held-out part
+
+Halves = tuple[np.ndarray, np.ndarray]
 
 
-def hold_out_speakers(
-    store: EventStore, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out_speakers(store: EventStore, fraction: float, seed: int) -> Halves:
     """Split so that nobody who speaks in one part is heard in the other.
 
     Speakers are held out in a random order, at least one, as long as each brings their samples
@@ -23,9 +22,8 @@ def hold_out_speakers(
     class never loses all its training samples.
 
     Args:
-        store: the samples, with speakers.
+        store: the samples, with speakers. seed: of the random order.
         fraction: share of the samples to hold out, 0 < fraction < 1.
-        seed: of the random order.
     Returns:
         training and held-out sample numbers, int64, ascending, both at least one.
     Raises:
@@ -60,9 +58,7 @@ def hold_out_speakers(
     return np.flatnonzero(~best[speaker_of]), np.flatnonzero(best[speaker_of])
 
 
-def stratified_split(
-    store: EventStore, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(store: EventStore, fraction: float, seed: int) -> Halves:
     """Split at random, every class in the same proportion.
 
     Args:

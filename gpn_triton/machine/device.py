@@ -1,12 +1,9 @@
 """What is asked of the computer: its device, what can run there, and what it can do at best."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import resource
-import time
-from collections.abc import Callable
+import timeit
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +21,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:K, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {name} is not here: {torch.cuda.device_count()} CUDA GPUs found")
@@ -114,20 +111,6 @@ class Ceilings:
     source: str
 
 
-def _best_seconds(call: Callable[[], object], cuda: bool) -> float:
-    """The shortest of several calls."""
-    seconds = []
-    for _ in range(12):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 @functools.cache
 def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
     """What the device can do at best.
@@ -154,9 +137,13 @@ def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
     # beyond any cache
     source = torch.ones(min(16 * n * n, 1 << 27), device=device)
     target = torch.empty_like(source)
+    wait = torch.cuda.synchronize if cuda else lambda: None
     with torch.no_grad():
-        flops = 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=product), cuda)
-        bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), cuda)
+        seconds = [
+            min(timeit.repeat(lambda call=call: (call(), wait()), wait, repeat=12, number=1))
+            for call in (lambda: torch.mm(a, b, out=product), lambda: target.copy_(source))
+        ]
+    flops, bandwidth = 2 * n**3 / seconds[0], 2 * source.nbytes / seconds[1]
     name, mib = str(dtype).removeprefix("torch."), source.nbytes / 2**20
     source = f"measured: {n}^3 product in {name}, copy of {mib:.0f} MiB"
     return Ceilings(flops, bandwidth, source)

@@ -15,9 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together; with one process every method is the identity.
-
-    A world of several processes comes from `join`; World() is this process alone and costs nothing.
+    """The processes that train together; World() is this process alone, where all is the identity.
 
     Args:
         rank, size: this process's number and how many there are. control: a group for small

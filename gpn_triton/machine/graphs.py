@@ -1,7 +1,5 @@
 """Device work run as it is, or captured once as a CUDA graph and replayed from then on."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Hashable
 
@@ -36,23 +34,19 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do a piece of work.
+        """Do a piece of work; its key is the same for the same work on the same tensors.
 
-        Args:
-            key: the same for the same work on the same tensors.
-            work: called without arguments; not called again once it has been captured.
         Raises:
             RuntimeError: it cannot be captured.
         """
         if not self.enabled:
             work()
-        elif key in self._replays:
-            self._replays[key]()
         elif self._runs[key] < WARM_RUNS:
             self._runs[key] += 1
             self._warm(work)
         else:
-            self._replays[key] = self._capture(work)
+            if key not in self._replays:
+                self._replays[key] = self._capture(work)
             self._replays[key]()
 
     def _warm(self, work: Callable[[], None]) -> None:

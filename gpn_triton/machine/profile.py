@@ -1,7 +1,5 @@
 """Where the time of training steps goes: torch.profiler's table and Chrome trace of a few."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,12 +11,10 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from gpn_triton.machine.files import write_atomically
 
-# the steps that compile kernels, capture a graph or fill a cache
-WARM_STEPS = 5
+# the steps that compile kernels, capture a graph or fill a cache; rows of the table
+WARM_STEPS, SHOWN = 5, 30
 # the files it leaves in a run's folder
 PROFILE, TRACE = "profile.txt", "trace.json.gz"
-# rows of the table
-SHOWN = 30
 
 
 @contextmanager
@@ -55,13 +51,11 @@ def profiled(
     with profile(activities=activities, schedule=plan) as profiler:
         yield profiler.step
     averages = profiler.key_averages()
+    key = f"self_{'device' if cuda else 'cpu'}_time_total"
     text = (
         f"{steps} training steps on {device}, after {before} that were not recorded; times are "
         "sums over all of them\n"
-    ) + averages.table(
-        sort_by=f"self_{'device' if cuda else 'cpu'}_time_total",
-        row_limit=SHOWN,
-        max_name_column_width=60,
+        + averages.table(sort_by=key, row_limit=SHOWN, max_name_column_width=60)
     )
     if cuda and not any(row.self_device_time_total for row in averages):
         text += "the profiler saw no kernel: is CUPTI there, and allowed to trace?\n"

@@ -1,8 +1,7 @@
 """What a figure needs beside it: commit, versions, device, command, time."""
 
-from __future__ import annotations
-
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -47,15 +46,13 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
+    # no tag is looked for: what is left is the commit itself
+    describe = "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+        found = subprocess.run(["git", "-C", root, *describe], capture_output=True, text=True)
     except FileNotFoundError:
         return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("-dirty" if changed.stdout else "")
+    return found.stdout.strip() or None
 
 
 def _version(name: str) -> str | None:
@@ -67,9 +64,7 @@ def _version(name: str) -> str | None:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = re.search(r"^model name\s*: *(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        name = None
+    return name[1].strip() if name else platform.processor() or platform.machine()

@@ -1,7 +1,5 @@
 """What options ask for: the network, how events are binned, how they are augmented."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -14,11 +12,7 @@ from gpn_triton.training.options import AMP, TrainConfig
 
 
 def network_arguments(cfg: TrainConfig, channels: int, classes: int) -> dict[str, Any]:
-    """The arguments of SpikingClassifier that a configuration asks for.
-
-    Args:
-        cfg: the configuration. channels: input channels, once binned. classes: of the data.
-    """
+    """The arguments of SpikingClassifier that a configuration asks for; channels: once binned."""
     names = (
         "hidden", "neuron", "dropout", "readout", "time_bins", "surrogate", "alpha", "backend",
         "checkpoint_every",
@@ -27,7 +21,7 @@ def network_arguments(cfg: TrainConfig, channels: int, classes: int) -> dict[str
 
 
 def build_model(cfg: TrainConfig, channels: int, classes: int) -> SpikingClassifier:
-    """The network a configuration asks for, for so many input channels and classes."""
+    """The network a configuration asks for, for so many binned channels and classes."""
     return SpikingClassifier(**network_arguments(cfg, channels, classes))
 
 
@@ -42,14 +36,9 @@ def build_augmentation(cfg: TrainConfig) -> Augmentation | None:
     return augmentation if augmentation != Augmentation() else None
 
 
-def input_columns(cfg: TrainConfig, channels: int) -> int:
-    """Input channels, once binned, of data that have so many."""
-    return build_binning(cfg).columns(channels)
-
-
 def network_sizes(cfg: TrainConfig, splits: Splits) -> tuple[int, int]:
     """Input channels, once binned, and classes."""
-    return input_columns(cfg, splits.train.num_channels), len(splits.train.class_names)
+    return build_binning(cfg).columns(splits.train.num_channels), len(splits.train.class_names)
 
 
 def build_network(cfg: TrainConfig, splits: Splits) -> SpikingClassifier:

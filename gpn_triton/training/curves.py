@@ -1,7 +1,5 @@
 """Draws a run's loss, accuracy and spike rate over its epochs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gpn_triton.machine.files import write_atomically

@@ -1,7 +1,5 @@
 """A network in training: batches of sample numbers in, updated weights and running totals out."""
 
-from __future__ import annotations
-
 import functools
 from itertools import pairwise
 from typing import Any
@@ -31,11 +29,10 @@ class NonFiniteError(ArithmeticError):
 class Engine:
     """A network with its optimiser, schedule and scaler.
 
-    A training step is device work from the draw of the batch's samples to the update and the
-    running totals; on a GPU it is captured as a CUDA graph and replayed (see graphs.Graphs), unless
-    several processes train together. A step's update is left out, on the device and without waiting
-    for it, where the loss or a gradient is not finite; `check` tells of it. Under fp16 the scaler
-    does so, and only a loss that is not finite counts.
+    A training step is device work from the draw of the batch's samples to the running totals; on a
+    GPU it is captured (see graphs.Graphs), unless several processes train together. Where the loss
+    or a gradient is not finite the update is left out on the device, without waiting for it, and
+    `check` tells of it; under fp16 the scaler does so, and only the loss counts.
 
     Args:
         cfg: the configuration. model: on `device` already. device: where everything happens.
@@ -46,15 +43,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        cfg: TrainConfig,
-        model: SpikingClassifier,
-        device: torch.device,
-        world: World = ALONE,
+        self, cfg: TrainConfig, model: SpikingClassifier, device: torch.device, world: World = ALONE
     ):
         self.cfg, self.model, self.device, self.world = cfg, model, device, world
-        self.amp = AMP[cfg.amp]
-        cuda = device.type == "cuda"
+        self.amp, cuda = AMP[cfg.amp], device.type == "cuda"
         self.graphs = Graphs(device, cuda and not cfg.no_graph and world.size == 1)
         self.schedule = Schedule(cfg)
         # numbers that change from step to step live on the device, where a replay finds them
@@ -83,14 +75,9 @@ class Engine:
         return self.world.wrap(self.model)
 
     def _forward(
-        self,
-        model: nn.Module,
-        events: DeviceEvents,
-        indices: Tensor,
-        draws: list[Draws] | None,
-        weight: int,
-        augmentation: Augmentation | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        self, model: nn.Module, events: DeviceEvents, indices: Tensor,
+        draws: list[Draws] | None, weight: int, augmentation: Augmentation | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The loss summed over samples, and what they add to the running totals."""
         with record_function("data"):
             x = self._input(events, indices, augmentation)
@@ -237,11 +224,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict returned; the GPU's random state where there is one.
-
-        Raises:
-            what torch does for a state that does not fit: KeyError, RuntimeError and others.
-        """
+        """Take up what state_dict returned; torch raises for a state that does not fit."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():

@@ -1,7 +1,6 @@
 """What a configuration asks for, from its data to its summary: one run a seed, or their test."""
 
-from __future__ import annotations
-
+import dataclasses
 import json
 import os
 import statistics
@@ -21,9 +20,6 @@ from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.run import Interrupted, Run
 
-# data are split with this seed whatever the training seed, so that seeds compare like with like
-SPLIT_SEED = 0
-
 
 def run_experiment(cfg: TrainConfig) -> None:
     """Train with every seed of a configuration, or evaluate what was trained; prints what it does.
@@ -41,7 +37,9 @@ def run_experiment(cfg: TrainConfig) -> None:
         # cuBLAS asks for this to be deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    splits = load_data(cfg)
+    source = DataSource(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(DataSource)})
+    # split with the same seed whatever the training seed, so that seeds compare like with like
+    splits = load_splits(source)
     with World.join(device) as world:
         world.say(f"{splits.description}\n{splits.train.summary()}")
         if cfg.eval_only:
@@ -55,24 +53,6 @@ def run_experiment(cfg: TrainConfig) -> None:
             world.say(f"{stop}; go on with --resume {run}")
             raise
         world.say(_summary(cfg, results, run))
-
-
-def load_data(cfg: TrainConfig) -> Splits:
-    """The configuration's data, split; the test file is not read yet."""
-    source = DataSource(
-        dataset=cfg.dataset,
-        train_file=cfg.train_file,
-        valid_file=cfg.valid_file,
-        test_file=cfg.test_file,
-        samples=cfg.samples,
-        classes=cfg.classes,
-        valid_split=cfg.valid_split,
-        valid_fraction=cfg.valid_fraction,
-        data_dir=cfg.data_dir,
-        cache_dir=cfg.cache_dir,
-        download=cfg.download,
-    )
-    return load_splits(source, SPLIT_SEED)
 
 
 def evaluate_run(
@@ -105,7 +85,10 @@ def train_seeds(
         path = folder / run_folder.RESULT
         if path.exists():
             world.say(f"{folder} is finished")
-            results.append(_read_result(path))
+            try:
+                results.append(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ValueError(f"resume: {path} cannot be read: {error}") from None
             continue
         if several:
             world.say(f"seed {seed}")
@@ -122,13 +105,6 @@ def train_seeds(
         }
         run_folder.write_json(run / run_folder.RESULT, summary)
     return results
-
-
-def _read_result(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"resume: {path} cannot be read: {error}") from None
 
 
 def _summary(cfg: TrainConfig, results: list[dict[str, Any]], run: Path) -> str:

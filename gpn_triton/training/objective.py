@@ -1,7 +1,5 @@
 """What training makes small, and the one list of metrics: summed, logged, resumed, plotted."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

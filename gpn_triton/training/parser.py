@@ -4,8 +4,6 @@ An option's value comes from, later ones winning: its default, the preset, the -
 flag.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ small and wide are the networks of the authors' two implementations, paper the s
 time bins that the paper names, authors the small one with the habits of the authors' data pipeline.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 _PLAIN = {"max_time": 1.0, "channel_shift": 0}

@@ -1,7 +1,5 @@
 """One network trained in a folder of its own: checkpoints, resuming, the best epoch, the test."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import signal
@@ -17,7 +15,7 @@ from tqdm import tqdm
 
 from gpn_triton.data.datasets import Splits
 from gpn_triton.data.events import EventStore
-from gpn_triton.data.feed import Feed, StreamedFeed, make_feed
+from gpn_triton.data.feed import Feed, make_feed
 from gpn_triton.machine import files
 from gpn_triton.machine.device import ceilings, is_out_of_memory, peak_memory_mib
 from gpn_triton.machine.distributed import World
@@ -37,11 +35,7 @@ LOG_SECONDS = 0.5
 
 
 class Interrupted(Exception):
-    """Training stopped at a signal, with everything needed to go on saved.
-
-    Args:
-        signal: its number. saved: the checkpoint's name.
-    """
+    """Training stopped at a signal, by number, with what is needed to go on in a checkpoint."""
 
     def __init__(self, signal: int, saved: str):
         super().__init__(f"interrupted: saved {saved}")
@@ -80,14 +74,9 @@ class Run:
     """
 
     def __init__(
-        self,
-        cfg: TrainConfig,
-        seed: int,
-        folder: Path,
-        splits: Splits,
-        device: torch.device,
+        self, cfg: TrainConfig, seed: int, folder: Path, splits: Splits, device: torch.device,
         world: World,
-    ):
+    ):  # fmt: skip
         self.cfg, self.seed, self.folder, self.splits = cfg, seed, folder, splits
         self.device, self.world = device, world
         torch.manual_seed(seed)
@@ -95,8 +84,7 @@ class Run:
         self.engine = Engine(cfg, self.model, device, world)
         self.training = self._feed("training", splits.train)
         self.validation = self._feed("validation", splits.valid)
-        if self.engine.schedule.peak != cfg.lr:
-            peak = self.engine.schedule.peak
+        if (peak := self.engine.schedule.peak) != cfg.lr:
             world.say(f"learning rate {peak:.3g} for batches of {cfg.batch_size}")
         # this is where training stands; best_* are of the best epoch so far, by validation
         self.progress: dict[str, Any] = {
@@ -124,7 +112,7 @@ class Run:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             files.write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
-    def _feed(self, name: str, store: EventStore) -> Feed | StreamedFeed:
+    def _feed(self, name: str, store: EventStore) -> Feed:
         """A set's batches, from the device or streamed to it; says which."""
         feed, decision = make_feed(store, self.device, self.cfg.event_mib)
         self.world.say(f"{name} {decision}")
@@ -146,8 +134,8 @@ class Run:
         except (
             ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
         ) as error:  # fmt: skip
-            reason = error if isinstance(error, ValueError) else repr(error)
-            reason = " ".join(str(reason).split())[:200]
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            reason = " ".join(reason.split())[:200]
             raise ValueError(f"resume: {path} is not of this run: {reason}") from None
         self.header, self.epochs = run_folder.read_metrics(
             self.folder, self.progress["epoch"], len(self.cfg.hidden)
@@ -168,12 +156,8 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint, if all was well until now."""
         self._check()
-        state = {
-            "engine": self.engine.state_dict(),
-            "progress": self.progress,
-            "fingerprint": self.fingerprint,
-            "computes": self.computes,
-        }
+        state = {"engine": self.engine.state_dict()}
+        state |= {name: getattr(self, name) for name in ("progress", "fingerprint", "computes")}
         at = self.progress["epoch"], self.progress["step"]
         if self.world.is_writer:
             run_folder.save_checkpoint(self.folder, state, *at)
@@ -203,8 +187,8 @@ class Run:
 
     def _train_epoch(self, epoch: int, interruption: Interruption) -> Means:
         """Make the rest of an epoch's steps; the metrics of the whole of it."""
-        engine, progress, samples = self.engine, self.progress, len(self.training)
-        batch = self.cfg.batch_size
+        engine, progress = self.engine, self.progress
+        samples, batch = len(self.training), self.cfg.batch_size
         engine.start_epoch(self.training, self.seed, epoch, progress["step"])
         # the last batch may be shorter
         done = min(progress["step"] * batch, samples)
@@ -259,7 +243,7 @@ class Run:
             ) from None
 
     def _end_epoch(self, epoch: int, trained: Means) -> Epoch:
-        """Validate, keep the weights if they are the best, log and write a run_folder."""
+        """Validate, keep the weights if they are the best, log and write a checkpoint."""
         engine, progress = self.engine, self.progress
         valid = engine.evaluate(self.validation)
         engine.schedule.end_epoch(epoch, trained.loss)
@@ -333,8 +317,13 @@ class Run:
             "commit": self.header["commit"],
         }
         if self.world.is_writer:
-            sizes = "-".join(map(str, cfg.hidden))
-            _draw(self.folder, epochs, f"{cfg.neuron} {sizes} on {self.splits.description}")
+            title = f"{cfg.neuron} {'-'.join(map(str, cfg.hidden))} on {self.splits.description}"
+            try:
+                draw_curves(self.folder / run_folder.CURVES, epochs, title)
+            except ModuleNotFoundError:
+                print(
+                    "curves.png not drawn: matplotlib is missing (pip install 'gpn-triton[plot]')"
+                )
             run_folder.write_json(self.folder / run_folder.RESULT, result)
         self.world.barrier()
         return result
@@ -343,10 +332,3 @@ class Run:
 def _describe(means: Means) -> str:
     rates = " ".join(f"{a:.3f}" for a in means.activity)
     return f"loss {means.loss:.3f}  train {100 * means.accuracy:.1f} %  rate {rates}"
-
-
-def _draw(run: Path, epochs: list[Epoch], title: str) -> None:
-    try:
-        draw_curves(run / run_folder.CURVES, epochs, title)
-    except ModuleNotFoundError:
-        print("curves.png not drawn: matplotlib is missing (pip install 'gpn-triton[plot]')")

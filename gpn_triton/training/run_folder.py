@@ -4,8 +4,6 @@ Every file is written whole or not at all. A run of several seeds has a folder f
 own, which holds config.json and, at the end, result.json.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle
@@ -23,7 +21,7 @@ from torch import nn
 from gpn_triton.machine.files import write_atomically
 from gpn_triton.machine.profile import PROFILE, TRACE
 from gpn_triton.neurons.networks import SpikingClassifier
-from gpn_triton.training.build import build_model, input_columns
+from gpn_triton.training.build import build_binning, build_model
 from gpn_triton.training.objective import Epoch
 from gpn_triton.training.options import TrainConfig, check_names, completed
 
@@ -95,8 +93,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         # the first of several lines says only that there is an error
-        lines = str(error).strip().splitlines()
-        reason = lines[min(1, len(lines) - 1)].strip()
+        reason = str(error).strip().splitlines()[:2][-1].strip()
         raise ValueError(f"weights: {path} does not fit this network: {reason}") from None
 
 
@@ -126,21 +123,19 @@ def load_checkpoint(run: Path) -> tuple[dict[str, Any], Path] | None:
     paths = sorted(Path(run).glob(CHECKPOINTS), reverse=True)
     for path in paths:
         try:
-            _check_sums(path)
+            # torch.load ignores the checksums of a file's contents
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise zipfile.BadZipFile(f"{bad} does not have its checksum")
             state = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(state, dict):
                 return state, path
             reason = f"expected a dict, got {type(state).__name__}"
         # what zipfile and torch raise for a file that is cut, altered or no checkpoint at all
         except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            pickle.UnpicklingError,
+            OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
             zipfile.BadZipFile,
-        ) as error:
+        ) as error:  # fmt: skip
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"checkpoint {path} cannot be read, trying the one before: {reason}")
     if paths:
@@ -148,19 +143,8 @@ def load_checkpoint(run: Path) -> tuple[dict[str, Any], Path] | None:
     return None
 
 
-def _check_sums(path: Path) -> None:
-    """Raise BadZipFile unless a file's contents have their checksums, which torch.load ignores."""
-    with zipfile.ZipFile(path) as archive:
-        bad = archive.testzip()
-    if bad is not None:
-        raise zipfile.BadZipFile(f"{bad} does not have its checksum")
-
-
 def read_options(run: str | Path, argument: str = "run") -> dict[str, Any]:
-    """The options in a run's config.json, by name, as JSON values.
-
-    An option that the run does not know, since it is newer, has the value that it had before it
-    existed.
+    """The options in a run's config.json, by name, as JSON values; newer ones as `completed` says.
 
     Args:
         run: the folder. argument: what named it, for errors.
@@ -219,8 +203,7 @@ def load_run(run: str | Path) -> TrainedRun:
     """Read a run folder's configuration, best weights and class names.
 
     Args:
-        run: a folder as the training command leaves it, or of a run of several seeds the folder of
-            one seed.
+        run: a folder as the training command leaves it; of several seeds the folder of one.
     Returns:
         the run; its model computes with the torch backend.
     Raises:
@@ -228,8 +211,7 @@ def load_run(run: str | Path) -> TrainedRun:
         ValueError: a file that cannot be read, weights that do not fit the configuration or are not
             finite, or a run of several seeds.
     """
-    run = Path(run)
-    weights = run / WEIGHTS
+    run, weights = Path(run), Path(run, WEIGHTS)
     # a seed's options are in the folder above
     of_seed = run.name.startswith(SEED) and not (run / CONFIG).exists()
     values = read_options(run.parent if of_seed else run)
@@ -245,7 +227,7 @@ def load_run(run: str | Path) -> TrainedRun:
         raise ValueError(f"weights: {weights} cannot be read: {error}") from None
     # what is computed is the same with every backend
     cfg = TrainConfig(**{**values, "backend": "torch"})
-    model = build_model(cfg, input_columns(cfg, NUM_CHANNELS), classes)
+    model = build_model(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
     load_weights(weights, model)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():

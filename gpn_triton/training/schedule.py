@@ -1,7 +1,5 @@
 """The learning rate: scaled with the batch, warmed up step by step, then changed by epoch."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -46,19 +44,12 @@ class Schedule:
         return self.cfg.warmup_epochs * steps + 1
 
     def end_epoch(self, epoch: int, train_loss: float) -> None:
-        """Go on to the next epoch.
-
-        Args:
-            epoch: the one that ended, from 0. train_loss: its mean loss.
-        """
+        """Go on to the next epoch; `epoch` is the one that ended, from 0, with its mean loss."""
         if epoch < self.cfg.warmup_epochs:
             return
         # torch wants the optimiser's step first; without a gradient it does nothing
         self._shape.step()
-        if self.cfg.schedule == "plateau":
-            self._schedule.step(train_loss)
-        else:
-            self._schedule.step()
+        self._schedule.step(*([train_loss] if self.cfg.schedule == "plateau" else []))
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes."""

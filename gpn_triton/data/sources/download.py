@@ -6,8 +6,6 @@ archive of up to 1.2 GB anew: pooch 1.9 asks for no range and deletes what a cut
 Source: Cramer, Stradmann, Schemmel, Zenke, 2022; licence CC BY 4.0.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -45,21 +43,16 @@ _HOST_ERRORS = (
 
 
 def fetch(
-    name: str,
-    data_dir: str | os.PathLike,
-    download: bool,
-    hosts: Sequence[str] = HOSTS,
-    md5: Mapping[str, str] = MD5,
-    timeout: float = 30.0,
-) -> dict[str, Path]:
+    name: str, data_dir: str | os.PathLike, download: bool, hosts: Sequence[str] = HOSTS,
+    md5: Mapping[str, str] = MD5, timeout: float = 30.0,
+) -> dict[str, Path]:  # fmt: skip
     """Find a data set's files, or fetch and unpack the missing ones.
 
     A download continues where an earlier one, from whichever host, was cut (NAME.h5.zip.part).
     Archives NAME.h5.zip that lie in the folder already are used, and kept.
 
     Args:
-        name: shd or ssc.
-        data_dir: the folder the files lie in, or come into; made if missing.
+        name: shd or ssc. data_dir: the folder the files lie in, or come into; made if missing.
         download: whether to fetch what is missing.
         hosts: addresses to which NAME.h5.zip is appended, tried in this order.
         md5: sums of the archives by NAME, such as shd_train.
@@ -173,15 +166,13 @@ def _unpack(archive: Path, path: Path) -> None:
         with zipfile.ZipFile(archive) as file:
             members = [m for m in file.namelist() if PurePosixPath(m).name == path.name]
             if len(members) != 1:
-                raise ValueError(
-                    f"{archive}: expected one member {path.name}, got {file.namelist()[:5]}"
-                )
+                found = file.namelist()[:5]
+                raise ValueError(f"{archive}: expected one member {path.name}, got {found}")
             with file.open(members[0]) as source:
                 write_atomically(path, lambda target: shutil.copyfileobj(source, target, _BLOCK))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{archive}: expected a zip archive with {path.name}, got: {error}"
-        ) from None
+        expected = f"a zip archive with {path.name}"
+        raise ValueError(f"{archive}: expected {expected}, got: {error}") from None
 
 
 @contextlib.contextmanager

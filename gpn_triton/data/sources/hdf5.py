@@ -9,8 +9,6 @@
 Source: Cramer, Stradmann, Schemmel, Zenke, 2022, the Heidelberg spiking data sets.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -68,31 +66,31 @@ def read_events(
     if not 1 <= num_channels <= 1 << 16:
         raise ValueError(f"num_channels: expected 1..{1 << 16}, got {num_channels}")
     check_file(path)
-    if not use_cache:
-        return _warn_of_empty_classes(_parse(path, num_channels)[0], path)
     folder = path.parent if cache_dir is None else Path(cache_dir)
     cache = folder / f"{path.name}.{_source_fingerprint(path, num_channels)}.cache.npz"
-    store = _load_cache(cache)
+    store = _load_cache(cache) if use_cache else None
     if store is None:
         store, times_dtype = _parse(path, num_channels)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, lambda file: _save_cache(file, store, times_dtype))
+            if use_cache:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(cache, lambda file: _save_cache(file, store, times_dtype))
         except OSError as error:
             warnings.warn(
                 f"{folder}: no cache of {path.name} could be written ({error.strerror}); the file "
                 "will be parsed again next time",
                 stacklevel=2,
             )
-    return _warn_of_empty_classes(store, path)
+    counts = np.bincount(store.labels, minlength=len(store.class_names))
+    empty = [name for name, count in zip(store.class_names, counts, strict=True) if not count]
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        warnings.warn(f"{path}: {len(empty)} classes have no sample: {shown}", stacklevel=2)
+    return store
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Raise FileNotFoundError or ValueError unless an HDF5 file is there; its contents stay unread.
-
-    Args:
-        path: the file.
-    """
+    """Raise FileNotFoundError or ValueError unless an HDF5 file is there; reads its first bytes."""
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing there"
@@ -109,8 +107,7 @@ def write_events(
     """Write a store as an HDF5 file in SHD's layout, whole or not at all.
 
     Args:
-        path: the file; replaced if it exists.
-        store: what to write.
+        path: the file; replaced if it exists. store: what to write.
         times_dtype: how times are stored: float32, exact, or float16 as SHD, to 0.5 ms at 0.5 s.
     """
     store.validate("store")
@@ -247,24 +244,13 @@ def _load_cache(cache: Path) -> EventStore | None:
         with np.load(cache, allow_pickle=False) as arrays:
             num_channels, *names = json.loads(str(arrays["about"]))
             return EventStore(
-                times=arrays["times"].astype(np.float32, copy=False),
-                units=arrays["units"],
-                offsets=arrays["offsets"],
-                labels=arrays["labels"],
-                speakers=arrays["speakers"] if "speakers" in arrays else None,
-                num_channels=num_channels,
-                class_names=tuple(names),
+                arrays["times"].astype(np.float32, copy=False),
+                *(arrays[name] for name in ("units", "offsets", "labels")),
+                arrays["speakers"] if "speakers" in arrays else None,
+                num_channels,
+                tuple(names),
             ).validate(str(cache))
     # what numpy and zipfile raise for a file that is cut, altered or no cache at all
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         warnings.warn(f"{cache}: damaged cache, made anew ({error})", stacklevel=3)
         return None
-
-
-def _warn_of_empty_classes(store: EventStore, path: Path) -> EventStore:
-    counts = np.bincount(store.labels, minlength=len(store.class_names))
-    empty = [name for name, count in zip(store.class_names, counts, strict=True) if not count]
-    if empty:
-        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        warnings.warn(f"{path}: {len(empty)} classes have no sample: {shown}", stacklevel=3)
-    return store

@@ -8,10 +8,9 @@ output, one line of JSON (names, types and lengths of the arrays; the class name
 arrays' bytes. It imports nothing of the package, so that it starts in a third of a second.
 """
 
-from __future__ import annotations
-
 import json
 import os
+import resource
 import sys
 
 import h5py
@@ -54,7 +53,9 @@ def read_layout(path: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
 def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
     labels = _dataset(file, "labels")
     _expect_kind("labels", labels.dtype, "iu", "whole numbers")
-    samples = _expect_samples("labels", labels)
+    if labels.ndim != 1:
+        raise LayoutError(f"labels: expected one value a sample, got shape {labels.shape}")
+    samples = len(labels)
     times, lengths = _read_ragged(file, "spikes/times", "f", "floating-point seconds", samples)
     units, unit_lengths = _read_ragged(file, "spikes/units", "iu", "whole numbers", samples)
     different = np.flatnonzero(lengths != unit_lengths)
@@ -74,9 +75,7 @@ def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
         keys = _dataset(file, "extra/keys")
         if keys.ndim != 1:
             raise LayoutError(f"extra/keys: expected one name a class, got shape {keys.shape}")
-        names = [
-            key.decode(errors="replace") if isinstance(key, bytes) else str(key) for key in keys[()]
-        ]
+        names = [k.decode(errors="replace") if isinstance(k, bytes) else str(k) for k in keys[()]]
     native = {name: a.astype(a.dtype.newbyteorder("="), copy=False) for name, a in arrays.items()}
     return native, names
 
@@ -95,11 +94,11 @@ def _expect_kind(name: str, dtype: np.dtype, kinds: str, what: str) -> None:
         raise LayoutError(f"{name}: expected {what}, got {dtype}")
 
 
-def _expect_samples(name: str, data: h5py.Dataset, samples: int | None = None) -> int:
-    if data.ndim != 1 or (samples is not None and len(data) != samples):
-        expected = "one value a sample" if samples is None else f"{samples} samples as in labels"
-        raise LayoutError(f"{name}: expected {expected}, got shape {data.shape}")
-    return len(data)
+def _expect_samples(name: str, data: h5py.Dataset, samples: int) -> None:
+    if data.shape != (samples,):
+        raise LayoutError(
+            f"{name}: expected {samples} samples as in labels, got shape {data.shape}"
+        )
 
 
 def _read_ragged(
@@ -136,10 +135,6 @@ def _speaker_numbers(speakers: np.ndarray) -> np.ndarray:
 
 def _limit_memory(size: int) -> None:
     """Have a damaged length end as a failed allocation here, not as an exhausted machine."""
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return
     limit = MEMORY_BASE + MEMORY_FACTOR * size
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard == resource.RLIM_INFINITY or limit < hard:

@@ -19,8 +19,6 @@ has about 2,700 spikes (2,000 to 4,000 as a rule) and is 0.45 to 1.1 s long.
 The same arguments give the same bits, as long as numpy's generator stays what it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -68,8 +66,6 @@ CHUNK = 512
 # times are whole microseconds
 TICKS = 1_000_000
 
-TRAIN_SPEAKERS, VALID_SPEAKERS, TEST_SPEAKERS = range(24), range(24, 32), range(32, 40)
-
 
 class SyntheticSplits(NamedTuple):
     """Three EventStores of which no two share a speaker."""
@@ -92,10 +88,9 @@ def synthetic_splits(samples: int = 2000, seed: int = 0, num_classes: int = 20) 
         ValueError: an argument out of range.
     """
     held_out = max(200, samples // 5)
+    parts = (samples, range(24)), (held_out, range(24, 32)), (held_out, range(32, 40))
     return SyntheticSplits(
-        synthetic_events(samples, TRAIN_SPEAKERS, 3 * seed, num_classes),
-        synthetic_events(held_out, VALID_SPEAKERS, 3 * seed + 1, num_classes),
-        synthetic_events(held_out, TEST_SPEAKERS, 3 * seed + 2, num_classes),
+        *(synthetic_events(*part, 3 * seed + k, num_classes) for k, part in enumerate(parts))
     )
 
 
@@ -114,14 +109,15 @@ def synthetic_events(
         ValueError: an argument out of range.
     """
     words, centre, glide, duration = _language()
-    if samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {samples}")
-    if len(speakers) == 0 or min(speakers) < 0:
-        raise ValueError(f"speakers: expected one or more numbers from 0 on, got {list(speakers)}")
-    if seed < 0:
-        raise ValueError(f"seed: expected 0 or more, got {seed}")
-    if not 2 <= num_classes <= len(words):
-        raise ValueError(f"num_classes: expected 2 to {len(words)}, got {num_classes}")
+    speakers = list(speakers)
+    for name, value, fits, expected in (
+        ("samples", samples, samples >= 1, "at least 1"),
+        ("speakers", speakers, min(speakers, default=-1) >= 0, "one or more numbers from 0 on"),
+        ("seed", seed, seed >= 0, "0 or more"),
+        ("num_classes", num_classes, 2 <= num_classes <= len(words), f"2 to {len(words)}"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, got {value}")
 
     # when and where spikes fall have streams of their own, so that chunks do not change them
     rng, clock, place = np.random.default_rng(seed).spawn(3)
