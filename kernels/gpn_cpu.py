@@ -15,11 +15,12 @@ and with g_v[t] = dL/dv[t], g_v[T] = dL/dv_final, sg = surrogate'(h - theta), t 
 Grid. A thread owns a tile of rows of the batch and runs all steps of a chunk of time; tiles are
 handed out one by one. A tile takes BLOCK rows x steps at a time: the product with weight_x, and
 backward those of z with weight_v and of g_x, over the whole block, the serial product step by step.
-Every product is cpu.product, four rows by one panel of PANEL neurons in registers, weights packed in
-panels. A row's sums thus run over the depth in order, whatever else is in the batch, in the tile or
-on the other threads: spikes, v, g_x and g_v0 are the same bits, and forward they are whatever
-the chunks of time. The weights' gradients are torch's products over a chunk: their bits are those
-of torch's GEMM, which may depend on torch's number of threads.
+Every product is cpu.product: four rows by one panel of PANEL neurons in registers, weights packed
+in panels. A row's sums thus run over the depth in order, whatever else is in the batch, in the tile
+or on the other threads: spikes, v, g_x and g_v0 are the same bits, and spikes and v are so whatever
+parts a sequence comes in. The weights' gradients are torch's products over a chunk of time, which
+depends on B and N alone: their bits are those of torch's GEMM (the same with 1 and 2 threads for
+N = 64 to 512 where it was tried, promised by nobody).
 
 Layout, all contiguous. x, spikes, g_s, g_x [steps, B, N]; weights [G N, N] in the order f, i, b,
 theta; v, v_reset, g_v [B, N]; v_saved [ceil(T / every), B, N]; bits [ceil(T / 32), B, N] int32;
@@ -49,6 +50,7 @@ from gpn_triton.kernels.pointwise_cpu import (
     constants,
     copy,
     count,
+    gate,
     input_gate,
     replay,
     start_z,
@@ -105,15 +107,15 @@ def gpn_forward_kernel(
                 for r in range(rows):
                     z_r = row(z_k, r * depth)
                     activate(z_r, N, width, G, p_b, nothing)
-                    f = row(z_r, p_f * width) if p_f >= 0 else fixed
-                    i = row(z_r, p_i * width) if p_i >= 0 else i_own
+                    f = gate(z_r, p_f * width, p_f, fixed, zero)
+                    i = gate(z_r, p_i * width, p_i, i_own, zero)
                     if p_i < 0:
                         input_gate(f, i, N)
                     at, b_at = chunk_at + (k * B + r) * N, (first + r) * N
                     s_r = s if mean else row(spikes, at)
                     step(
-                        f, i, row(z_r, p_b * width) if p_b >= 0 else row(fixed, 2 * N),
-                        row(z_r, p_t * width) if p_t >= 0 else row(fixed, 3 * N),
+                        f, i, gate(z_r, p_b * width, p_b, fixed, 2 * N),
+                        gate(z_r, p_t * width, p_t, fixed, 3 * N),
                         row(x, at), row(v_reset, b_at), N, row(own, r * N), s_r,
                     )  # fmt: skip
                     word = ((t // 32) * B + first + r) * N
@@ -190,10 +192,10 @@ def gpn_backward_kernel(
                 for r in range(rows):
                     z_r, at, b_at = row(z_k, r * depth), k_at + r * N, (first + r) * N
                     bits_r = row(bits, (t // 32) * B * N + b_at)
-                    f = row(z_r, p_f * width) if p_f >= 0 else fixed
-                    i = row(z_r, p_i * width) if p_i >= 0 else i_own
-                    b = row(z_r, p_b * width) if p_b >= 0 else row(fixed, 2 * N)
-                    theta = row(z_r, p_t * width) if p_t >= 0 else row(fixed, 3 * N)
+                    f = gate(z_r, p_f * width, p_f, fixed, zero)
+                    i = gate(z_r, p_i * width, p_i, i_own, zero)
+                    b = gate(z_r, p_b * width, p_b, fixed, 2 * N)
+                    theta = gate(z_r, p_t * width, p_t, fixed, 3 * N)
                     x_r, v_r, reset_r = row(x, at), row(v, at), row(v_reset, b_at)
                     if not back:
                         activate(z_r, N, width, G, p_b, find_b)
@@ -208,10 +210,10 @@ def gpn_backward_kernel(
                     adjoint(
                         f, i, b, theta, x_r, v_r, row(g_s, at if per_step else b_at), bits_r, t,
                         scale, of_f, N, g_u, row(g_own, r * width),
-                        row(g_z, at * G + p_f * N) if p_f >= 0 else unused,
-                        row(g_z, at * G + p_i * N) if p_i >= 0 else row(unused, N),
-                        row(g_z, at * G + p_b * N) if p_b >= 0 else row(unused, 2 * N),
-                        row(g_z, at * G + p_t * N) if p_t >= 0 else row(unused, 3 * N),
+                        gate(g_z, at * G + p_f * N, p_f, unused, zero),
+                        gate(g_z, at * G + p_i * N, p_i, unused, N),
+                        gate(g_z, at * G + p_b * N, p_b, unused, 2 * N),
+                        gate(g_z, at * G + p_t * N, p_t, unused, 3 * N),
                         row(g_x_own, (k * room + r) * width),
                     )  # fmt: skip
                 if back and G > 0:
@@ -235,8 +237,10 @@ def gpn_backward_kernel(
 def choose(B: int, N: int, threads: int, every: int) -> tuple[int, int, int]:
     """How the work is cut: rows of a tile, steps of a block, steps of a chunk of time.
 
-    Milliseconds are of forward and backward on one thread of a Zen core (AMD EPYC 7551 class, L2
-    512 KB, L3 8 MB, other work on the machine), float32.
+    Milliseconds are processor time of forward and backward on one Zen core (L2 512 KB, L3 8 MB,
+    AVX2; other work on the machine), float32. Torch's product per step around the cell is nowhere
+    faster there (reference's form takes 1.1 to 1.5 times ours at N = 512, B = 16 and 128).
+    A block and a chunk are whole stretches between saved membranes: their memory grows with every.
     """
     # weights that fit the second cache are read by 8 to 64 rows alike (T=50 B=256 N=128: 435 to
     # 452); wider ones want as many rows as there are (T=4 B=128 N=512: 301 at 16 rows, 291 at 32,

@@ -98,6 +98,12 @@ def _(z):
 
 
 @inner
+def gate(a, at, place, absent, absent_at):
+    """The gate's row of a, or of its stand-in where the variant lacks it (place is -1)."""
+    return row(a, at) if place >= 0 else row(absent, absent_at)
+
+
+@inner
 def start_z(z, bias, N, width, G):
     """z of one row before its products: the bias, and zeros where a panel has no neuron."""
     for g in range(G):
