@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 # measured on such a card: a bfloat16 matrix product and a device-to-device copy
 STATED = {"H200": (790e12, 4.3e12)}
 
@@ -30,18 +30,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_backend(backend: str, x: Tensor) -> str:
-    """torch or triton; raises RuntimeError if triton was asked for and cannot run.
+    """triton, cpu or torch; raises RuntimeError if one was asked for by name and cannot run.
 
-    Called within the operators, where torch.compile does not look.
+    auto is cpu for tensors on a CPU, triton on a GPU whose kernels can run, else torch. Called
+    within the operators, where torch.compile does not look. An operator that has no kernel for a
+    CPU takes cpu for torch.
     """
-    if backend == "torch" or (backend == "auto" and not x.is_cuda):
-        return "torch"
+    on_cpu = x.device.type == "cpu"
+    if backend == "torch" or (backend in ("auto", "cpu") and on_cpu):
+        return "torch" if backend == "torch" else "cpu"
+    if backend == "cpu":
+        raise RuntimeError(f"backend='cpu' cannot run: x is on {x.device}; move it to the CPU")
     reason = triton_unavailable(x)
-    if reason is None:
-        return "triton"
-    if backend == "auto":
-        return "torch"
-    raise RuntimeError(f"backend='triton' cannot run: {reason}")
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {reason}")
+    return "triton" if reason is None else "torch"
 
 
 def triton_unavailable(x: Tensor) -> str | None:

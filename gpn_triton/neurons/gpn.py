@@ -51,9 +51,10 @@ def gpn(
         v0 [B, N] float: membrane at t = 0. Default: v_reset.
         variant: full, no-fi, no-i, no-t, no-b or no-fitb (the paper's ablations).
         surrogate: atan, sigmoid, fast-sigmoid or triangle; alpha: its width, larger is narrower.
-        backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto: triton
-            for CUDA tensors up to float32 where the kernels can run (device.triton_unavailable
-            says), else torch. A backend asked for by name runs or raises.
+        backend: triton (CUDA, or CPU tensors under Triton's interpreter), cpu (kernels that Numba
+            compiles), torch (any device), or auto: cpu for CPU tensors, triton for CUDA tensors
+            up to float32 where the kernels can run (device.triton_unavailable says), else torch.
+            A backend asked for by name runs or raises.
         checkpoint_every: save the membrane every so many steps for backward and replay the steps
             between; None or 1 saves every step.
         output: spikes, or mean: only their mean over time, so that [T, B, N] is never written.
@@ -160,8 +161,13 @@ def _recurrence(
     """spikes or their mean, v_final, v_saved, spike_bits: see recurrence_torch.gpn_forward."""
     arguments = (x, weight_x, weight_v, bias, v_reset, v0)
     with torch.autocast(x.device.type, enabled=False):
-        if choose_backend(backend, x) == "torch":
+        how = choose_backend(backend, x)
+        if how == "torch":
             return recurrence_torch.gpn_forward(*arguments, variant, every, mean)
+        if how == "cpu":
+            from gpn_triton.kernels import gpn_cpu
+
+            return gpn_cpu.gpn_forward(*arguments, GATES[variant], every, mean)
         from gpn_triton.kernels.gpn_forward import gpn_forward
 
         with torch.cuda.device_of(x):
@@ -203,8 +209,13 @@ def _recurrence_backward(
     arguments = (g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, bits, v_saved)
     options = (surrogate, alpha, every, mean)
     with torch.autocast(x.device.type, enabled=False):
-        if choose_backend(backend, x) == "torch":
+        how = choose_backend(backend, x)
+        if how == "torch":
             gradients = recurrence_torch.gpn_backward(*arguments, variant, *options)
+        elif how == "cpu":
+            from gpn_triton.kernels import gpn_cpu
+
+            gradients = gpn_cpu.gpn_backward(*arguments, GATES[variant], *options)
         else:
             from gpn_triton.kernels.gpn_backward import gpn_backward
 
