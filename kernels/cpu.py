@@ -36,6 +36,8 @@ from torch.nn import functional as F
 ROWS = 4
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 PANEL = 2 * LANES
+# terms of a weight gradient's sums that stay in the first cache; 128 and 256 are alike
+DEPTH = 128
 # no nnan, no ninf: NaN stays visible. No reassoc: exp relies on the order of a sum
 OPTIONS = dict(fastmath={"contract", "nsz"}, error_model="numpy")
 
@@ -87,7 +89,7 @@ def take(typing, counter):
 
 @intrinsic
 def product(typing, z, z_at, z_row, a, a_0, a_1, a_2, a_3, w, w_at, depth):
-    """Add sum_k a[a_r + k] w[w_at + k PANEL + n] to z[z_at + r z_row + n], r < 4, n < PANEL."""
+    """Add sum_k a[a_r + k] w[w_at + k PANEL + n] to z[z_at + r z_row + n], r < 4."""
 
     def code(context, builder, signature, arguments):
         i32, i64 = ir.IntType(32), ir.IntType(64)
@@ -179,6 +181,87 @@ def multiply(z, z_row, z_step, a, a_row, a_step, steps, rows, w, first, last, de
                 a_3 = a_2 + a_row if r + 3 < rows else a_2
                 z_at = s * z_step + r * z_row + p * PANEL
                 product(z, z_at, z_row, a, a_0, a_1, a_2, a_3, w, p * depth * PANEL, depth)
+
+
+@inner
+def _take_panels(x, N, depth, out):
+    """x [depth, N] as panels [ceil(N / PANEL), DEPTH, PANEL], with zeros beyond N."""
+    for k in range(depth):
+        for n in range(0, N, PANEL):
+            x_n, out_n = row(x, k * N + n), row(out, n * DEPTH + k * PANEL)
+            stop = N - n if n + PANEL > N else PANEL
+            for j in range(stop):
+                out_n[j] = x_n[j]
+            for j in range(stop, PANEL):
+                out_n[j] = 0
+
+
+@inner
+def _transpose(g, g_row, depth, M, out):
+    """Columns of g [depth, M] as rows of out [M, DEPTH]."""
+    for m in range(M):
+        out_m, g_m = row(out, m * DEPTH), row(g, m)
+        for k in range(depth):
+            out_m[k] = g_m[k * g_row]
+
+
+@inner
+def _add_panel(panel, out, N, n, M):
+    """Add panel [M, PANEL] to columns n on of out [M, N], and clear it."""
+    stop = N - n if n + PANEL > N else PANEL
+    for m in range(M):
+        panel_m, out_m = row(panel, m * PANEL), row(out, m * N + n)
+        for j in range(stop):
+            out_m[j] += panel_m[j]
+        for j in range(PANEL):
+            panel_m[j] = 0
+
+
+@inner
+def _add_row(a, out, M):
+    for m in range(M):
+        out[m] += a[m]
+
+
+@kernel()
+def weight_gradient_kernel(
+    counter, g, x, v, g_weight_x, g_weight_v, g_bias, depth, M, N, g_row, block
+):
+    """Add g^T x and g^T v to the weights' gradients [M, N], and the sum of g to the bias's [M].
+
+    g [depth, M], a row every g_row numbers; x, v [depth, N]. A thread takes `block` rows of the
+    gradients at a time, a multiple of ROWS; sums run over the depth in order, in parts of DEPTH.
+    """
+    panels, bias = -(-N // PANEL), np.zeros(block, g.dtype)
+    sums, turned = np.zeros(block * PANEL, g.dtype), np.empty(block * DEPTH, g.dtype)
+    packed = np.empty(panels * DEPTH * PANEL, g.dtype)
+    while True:
+        first = take(counter) * block
+        if first >= M:
+            break
+        rows = block if first + block < M else M - first
+        for d in range(0, depth, DEPTH):
+            part = DEPTH if d + DEPTH < depth else depth - d
+            _transpose(row(g, d * g_row + first), g_row, part, rows, turned)
+            for p in range(2 * panels):
+                a, g_weight = (x, g_weight_x) if p < panels else (v, g_weight_v)
+                if p % panels == 0:
+                    _take_panels(row(a, d * N), N, part, packed)
+                n = p % panels * PANEL
+                for m in range(0, rows, ROWS):
+                    g_0 = m * DEPTH
+                    g_1 = g_0 + DEPTH if m + 1 < rows else g_0
+                    g_2 = g_1 + DEPTH if m + 2 < rows else g_1
+                    g_3 = g_2 + DEPTH if m + 3 < rows else g_2
+                    product(
+                        sums, m * PANEL, PANEL, turned, g_0, g_1, g_2, g_3, packed, n * DEPTH, part
+                    )
+                _add_panel(sums, row(g_weight, first * N), N, n, rows)
+            for k in range(part):
+                _add_row(row(g, (d + k) * g_row + first), bias, rows)
+        for m in range(rows):
+            g_bias[first + m] += bias[m]
+            bias[m] = 0
 
 
 def flat(a: Tensor | None, like: Tensor) -> np.ndarray:

@@ -18,9 +18,11 @@ backward those of z with weight_v and of g_x, over the whole block, the serial p
 Every product is cpu.product: four rows by one panel of PANEL neurons in registers, weights packed
 in panels. A row's sums thus run over the depth in order, whatever else is in the batch, in the tile
 or on the other threads: spikes, v, g_x and g_v0 are the same bits, and spikes and v are so whatever
-parts a sequence comes in. The weights' gradients are torch's products over a chunk of time, which
-depends on B and N alone: their bits are those of torch's GEMM (the same with 1 and 2 threads for
-N = 64 to 512 where it was tried, promised by nobody).
+parts a sequence comes in. The weights' gradients are cpu.weight_gradient_kernel's products over a
+chunk of time, the same bits on any number of threads. torch multiplies nothing here: its product
+is slower for few rows, its bits may depend on the number of rows, and its threads spin for
+milliseconds after each on the cores that the next kernel wants (T=1600 B=16 N=64 on two busy cores:
+518 ms of processor time with torch's weight gradients, 280 without; one thread 270).
 
 Layout, all contiguous. x, spikes, g_s, g_x [steps, B, N]; weights [G N, N] in the order f, i, b,
 theta; v, v_reset, g_v [B, N]; v_saved [ceil(T / every), B, N]; bits [ceil(T / 32), B, N] int32;
@@ -42,7 +44,18 @@ import torch
 from torch import Tensor
 
 from gpn_triton.kernels import pointwise_cpu
-from gpn_triton.kernels.cpu import PANEL, ROWS, flat, kernel, multiply, pack, row, run, take
+from gpn_triton.kernels.cpu import (
+    PANEL,
+    ROWS,
+    flat,
+    kernel,
+    multiply,
+    pack,
+    row,
+    run,
+    take,
+    weight_gradient_kernel,
+)
 from gpn_triton.kernels.pointwise_cpu import (
     SURROGATES,
     activate,
@@ -137,7 +150,7 @@ def gpn_backward_kernel(
     """
     width = -(-N // PANEL) * PANEL
     depth, room = G * width, -(-tile // ROWS) * ROWS
-    panels, n_panels = depth // PANEL, width // PANEL
+    panels, n_panels, z_row = depth // PANEL, width // PANEL, G * N + PANEL
     z = np.empty(block * room * depth, x.dtype)
     g_own, g_x_own = np.zeros(room * width, x.dtype), np.zeros(block * room * width, x.dtype)
     g_u, unused = np.empty(N, x.dtype), np.empty(4 * N, x.dtype)
@@ -206,24 +219,25 @@ def gpn_backward_kernel(
                             v_next = row(v_r, B * N)
                             replay(f, i, b, x_r, v_r, v_next, reset_r, bits_r, t, N, find_b)
                         continue
+                    z_at = at // N * z_row
                     surrogate_derivative(f, i, theta, x_r, v_r, N, name, alpha, g_u)
                     adjoint(
                         f, i, b, theta, x_r, v_r, row(g_s, at if per_step else b_at), bits_r, t,
                         scale, of_f, N, g_u, row(g_own, r * width),
-                        gate(g_z, at * G + p_f * N, p_f, unused, zero),
-                        gate(g_z, at * G + p_i * N, p_i, unused, N),
-                        gate(g_z, at * G + p_b * N, p_b, unused, 2 * N),
-                        gate(g_z, at * G + p_t * N, p_t, unused, 3 * N),
+                        gate(g_z, z_at + p_f * N, p_f, unused, zero),
+                        gate(g_z, z_at + p_i * N, p_i, unused, N),
+                        gate(g_z, z_at + p_b * N, p_b, unused, 2 * N),
+                        gate(g_z, z_at + p_t * N, p_t, unused, 3 * N),
                         row(g_x_own, (k * room + r) * width),
                     )  # fmt: skip
                 if back and G > 0:
                     multiply(
-                        g_own, width, zero, row(g_z, k_at * G), G * N, zero,
+                        g_own, width, zero, row(g_z, k_at // N * z_row), z_row, zero,
                         one, rows, weight_vt, zero, n_panels, G * N,
                     )  # fmt: skip
             if G > 0:
                 multiply(
-                    g_x_own, width, room * width, row(g_z, chunk_at * G), G * N, B * G * N,
+                    g_x_own, width, room * width, row(g_z, chunk_at // N * z_row), z_row, B * z_row,
                     n, rows, weight_xt, zero, n_panels, G * N,
                 )  # fmt: skip
             for k in range(n):
@@ -365,17 +379,21 @@ def gpn_backward(
     g_v = torch.zeros_like(v_reset) if g_v_final is None else g_v_final.to(state)
     g_v = g_v.clone(memory_format=torch.contiguous_format)
     g_x = x.new_empty(x.shape)
-    g_weight_x, g_weight_v, g_bias = (
+    g_weights = [
         None if w is None else torch.zeros_like(w, memory_format=torch.contiguous_format)
         for w in (weight_x, weight_v, bias)
-    )
+    ]
     transposed = [w if w is None else w.t() for w in (weight_x, weight_v)]
     fixed = (
         *(pack(w, G, g_v) for w in (weight_x, weight_v)),
         *(pack(w, 1, g_v) for w in transposed),
         flat(bias, g_v), flat(v_reset, g_v), bits.contiguous().view(-1).numpy(), flat(g_v, g_v),
     )  # fmt: skip
-    z_memory = g_v.new_empty(min(T, chunk), B, G * N)
+    # rows that do not lie a power of two apart, which a cache would put in one place
+    z_row = G * N + PANEL
+    # 28 to 30 GFLOP/s with 128 and 256 rows a share, 26 to 28 with 64; torch 29 to 33
+    share = min(256, max(64, -(-G * N // (ROWS * threads)) * ROWS))
+    z_memory = g_v.new_empty(min(T, chunk) * B * z_row)
     for start in reversed(range(0, T, chunk)):
         stop = min(T, start + chunk)
         n = stop - start
@@ -387,20 +405,21 @@ def gpn_backward(
             v_c = x_c.new_empty(n, B, N)
             v_c[::every] = v_saved[start // every : -(-stop // every)]
         g_s = g_spikes if mean else g_spikes[start:stop]
-        g_z, g_x_c = z_memory[:n], g_x[start:stop]
+        g_x_c = g_x[start:stop]
         if g_x.dtype != state:
             g_x_c = torch.empty_like(x_c)
         run(
             gpn_backward_kernel, threads, -(-B // tile), flat(g_s.to(state), g_v), scale,
-            flat(x_c, g_v), flat(v_c, g_v), *fixed, flat(g_z, g_v), flat(g_x_c, g_v),
+            flat(x_c, g_v), flat(v_c, g_v), *fixed, flat(z_memory, g_v), flat(g_x_c, g_v),
             start, n, B, N, G, every, not mean, len(v_c) - 1 if every == 1 else 0, tile, block,
             SURROGATES.index(surrogate), number(alpha), *_places(gates),
         )  # fmt: skip
         if G:
-            rows = g_z.view(n * B, -1)
-            g_weight_x.addmm_(rows.t(), x_c.view(n * B, N))
-            g_weight_v.addmm_(rows.t(), v_c[:n].view(n * B, N))
-            g_bias += rows.sum(0)
+            run(
+                weight_gradient_kernel, threads, -(-G * N // share), flat(z_memory, g_v),
+                flat(x_c, g_v), flat(v_c, g_v), *(flat(g, g_v) for g in g_weights),
+                n * B, G * N, N, z_row, share,
+            )  # fmt: skip
         if g_x.dtype != state:
             g_x[start:stop] = g_x_c
-    return g_x, g_weight_x, g_weight_v, g_bias, g_v
+    return g_x, *g_weights, g_v
