@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from gpn_triton import GPN, SpikingClassifier
 from gpn_triton.neurons import gpn as ops
@@ -80,16 +79,6 @@ def test_non_contiguous_input_and_cotangent_change_nothing():
     ):
         gpn(t, *weights)[0].backward(g)
     assert torch.equal(x.grad, strided.grad)
-
-
-def test_a_sequence_recomputed_in_backward_gives_the_same_gradients():
-    results = []
-    for run in (gpn, lambda *inputs: checkpoint(gpn, *inputs, use_reentrant=False)):
-        inputs = case()
-        spikes, v_final = run(*inputs)
-        (spikes.sum() + v_final.sum()).backward()
-        results.append([t.grad for t in inputs])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_module_survives_deepcopy_and_state_dict():
