@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from gpn_triton import GPN, SpikingClassifier
 from gpn_triton.neurons import gpn as ops

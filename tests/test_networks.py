@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
 from gpn_triton import GPN, SpikingClassifier
 from gpn_triton.neurons.event_linear import Cells
