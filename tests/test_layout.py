@@ -18,8 +18,8 @@ ROOMS = {
     ),
     "machine": ("device distributed files graphs profile provenance", ""),
     "neurons": (
-        "cost event_linear explain gpn gpn_options layers networks recurrence_torch reference "
-        "spike_linear surrogate",
+        "checks cost derivatives event_linear explain gpn gpn_options layers networks "
+        "recurrence_torch reference spike_linear surrogate",
         "machine kernels",
     ),
     "data": (

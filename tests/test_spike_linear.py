@@ -112,9 +112,9 @@ def test_bits_need_no_gradient_and_are_none_where_nothing_does():
 def test_the_layer_takes_spikes_with_and_without_bits_and_plain_tensors():
     spikes, bits, mask, *_ = case(33)
     layer = SpikeLinear(13, 7)
-    operand = spikes * mask
+    operand, packed = spikes * mask, Spikes(spikes, bits, mask, spikes._version)
     results = []
-    for x in (operand, Spikes(operand), Spikes(spikes, None, mask), Spikes(spikes, bits, mask)):
+    for x in (operand, Spikes(operand), Spikes(spikes, None, mask), packed):
         layer.zero_grad()
         y = layer(x)
         (y * torch.arange(7)).sum().backward()

@@ -91,6 +91,15 @@ def float32_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of x now; None: it is off, x is float64, or its device (meta)
+    knows no autocast."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError):

@@ -11,8 +11,13 @@ a product of its own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from gpn_triton.machine.device import Ceilings
 
@@ -166,3 +171,32 @@ def training_floor(
         return None
     total = network(work, hidden, channels, classes, True, 4 if amp is None else 2)
     return floor_seconds(total * (T * samples), ceilings)
+
+
+def _flops(products: int, rows: Sequence[int], weight: Sequence[int] | None) -> int:
+    """Operations of products of rows [T, B, ...] with a weight, whose shapes are given."""
+    return 0 if weight is None else 2 * products * prod((*rows[:2], *weight))
+
+
+def tell_flop_counter() -> None:
+    """Register the operators with torch.utils.flop_counter once somebody has imported it.
+
+    Called by whoever calls an operator: importing that module here would import triton with it.
+    """
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None or torch.ops.gpn_triton.recurrence in counter.flop_registry:
+        return
+    ops = torch.ops.gpn_triton
+    (forward, *_), (backward, *_) = gated_spiking(4).forward, gated_spiking(4).backward
+    formulas = {
+        ops.recurrence: lambda x, w, *_, **__: _flops(forward, x, w),
+        ops.recurrence_backward: lambda g, h, x, w, *_, **__: _flops(backward, x, w),
+        ops.spike_linear: lambda s, bits, mask, w, *_, **__: _flops(1, s, w),
+        ops.spike_linear_backward: lambda g, bits, mask, w, *_, **__: _flops(2, g, w),
+    }
+    for op, formula in formulas.items():
+        counter.register_flop_formula(op)(formula)
+    # who counts already has copied the register
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, counter._FlopCounterMode):
+            mode.counter.flop_registry |= {op: counter.flop_registry[op] for op in formulas}

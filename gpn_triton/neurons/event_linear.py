@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from gpn_triton.machine.device import autocast_dtype
+from gpn_triton.neurons.derivatives import beyond_operators
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class Cells:
 
 
 def event_linear(cells: Cells, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear(cells.dense(), weight, bias), differentiable once in weight and bias.
+    """F.linear(cells.dense(), weight, bias), differentiable in weight and bias.
 
+    In forward mode and under torch.func it is that very product.
     Sums are in weight's dtype, whatever autocast says; the result has autocast's dtype.
 
     Args:
@@ -70,26 +73,48 @@ def event_linear(cells: Cells, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(
             f"weight: expected [N, {C}] and bias [N], got {list(weight.shape)} {list(bias.shape)}"
         )
+    if beyond_operators(weight, bias):
+        return F.linear(cells.dense().to(weight.dtype), weight, bias)
     y = _EventLinear.apply(cells, weight, bias).view(T, B, len(weight))
-    if torch.is_autocast_enabled(y.device.type):
-        y = y.to(torch.get_autocast_dtype(y.device.type))
-    return y
+    autocast = autocast_dtype(y)
+    return y if autocast is None else y.to(autocast)
 
 
 class _EventLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, cells, weight, bias):
-        ctx.cells = cells
+    def forward(cells, weight, bias):
         return _sum_rows(weight.t().contiguous(), cells.channel, cells.row_start).add_(bias)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.cells = inputs[0]
+
+    @staticmethod
     def backward(ctx, g_y):
-        cells = ctx.cells
+        return None, *_EventLinearBackward.apply(ctx.cells, g_y)
+
+
+class _EventLinearBackward(torch.autograd.Function):
+    """Its adjoint, of which it is the adjoint in turn."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(cells, g_y):
         channel, order = cells.channel.sort(stable=True)
         row = cells.row.index_select(0, order)
         g_weight = _sum_rows(g_y.contiguous(), row, _starts(channel, cells.shape[2]))
-        return None, g_weight.t(), g_y.sum(0)
+        return g_weight.t(), g_y.sum(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.cells = inputs[0]
+
+    @staticmethod
+    def backward(ctx, g_g_weight, g_g_bias):
+        return None, _EventLinear.apply(ctx.cells, g_g_weight, g_g_bias)
 
 
 def _sum_rows(table: Tensor, index: Tensor, start: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from gpn_triton.kernels.tiles import WORD
 from gpn_triton.machine import device
-from gpn_triton.machine.device import choose_backend
-from gpn_triton.neurons import recurrence_torch
+from gpn_triton.machine.device import autocast_dtype, choose_backend
+from gpn_triton.neurons import cost, recurrence_torch
+from gpn_triton.neurons.checks import check_operand, check_sequence, check_state
+from gpn_triton.neurons.derivatives import beyond_operators, refuse_second
 from gpn_triton.neurons.gpn_options import GPNOptions
-from gpn_triton.neurons.reference import GATES
+from gpn_triton.neurons.reference import GATES, gpn_loop
 
 __all__ = ["GPNOptions", "gpn", "gpn_packed"]
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def gpn(
@@ -37,9 +37,13 @@ def gpn(
 ) -> tuple[Tensor, Tensor]:
     """Run a layer of Gated Parametric Neurons over a sequence.
 
-    Differentiable in x, weight_x, weight_v, bias and v0, once (no double backward). The state, the
-    gates and all sums are float32 (float64 if x is); under autocast x is cast to its dtype, which
-    then is the dtype of the spikes and of the operands of the products on a GPU.
+    Differentiable in x, weight_x, weight_v, bias and v0, in reverse mode once; a double backward is
+    refused. In forward mode and under torch.func's grad and jvp the loop that defines it runs
+    instead: slower, with more memory, and differentiable to any order. A program that torch.export
+    makes with a T that may be below and above 32 has no backward.
+
+    The state, the gates and all sums are float32 (float64 if x is); under autocast x is cast to its
+    dtype, which then is the dtype of the spikes and of the operands of the products on a GPU.
 
     Args:
         x [T, B, N] float: synaptic current, the output of a Linear layer. T bins, B samples,
@@ -62,6 +66,7 @@ def gpn(
         spikes [T, B, N] of x's dtype (under autocast, of autocast's), or their mean [B, N] float32;
         v_final [B, N] float32 (float64 if x is): pass it as v0 to go on.
     Raises:
+        TypeError: x or a state that is no tensor, as a PackedSequence.
         ValueError: a shape, dtype, device or option that does not fit.
         RuntimeError: the backend asked for cannot run here.
     Source: arXiv 2412.01087; reference.gpn_loop is the definition.
@@ -88,10 +93,7 @@ def gpn_packed(
     Raises:
         As gpn.
     """
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x: expected [T, B, N] with every size at least 1, got {list(x.shape)}")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    check_sequence(x)
     _, B, N = x.shape
     G = len(GATES[options.variant])
     shapes = ([G * N, N], [G * N, N], [G * N]) if G else (None, None, None)
@@ -99,21 +101,29 @@ def gpn_packed(
         _check(name, weight, shape, x, options.variant)
     for name, state in (("v_reset", v_reset), ("v0", v0)):
         if state is not None:
-            _check(name, state, [B, N], x, options.variant)
+            check_state(name, state, x)
 
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    autocast = autocast_dtype(x)
+    x = x if autocast is None else x.to(autocast)
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
     if v_reset is None:
         v_reset = torch.zeros(B, N, dtype=state, device=x.device)
     v_reset = v_reset.detach().to(state)
     v0 = v_reset if v0 is None else v0.to(state)
     weights = [w if w is None else w.to(state) for w in weights]
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *weights, v0)
+    if beyond_operators(x, *weights, v0):
+        return *_loop(x, weights, v_reset, v0, options), None
+    # a tensor under vmap does not say whether what it stands for requires a gradient
+    mapped = torch._C._are_functorch_transforms_active()
+    needs_grad = torch.is_grad_enabled() and (
+        mapped or any(t is not None and t.requires_grad for t in (x, *weights, v0))
     )
+    if torch.compiler.is_exporting():
+        needs_grad = needs_grad and _has_side(x.shape[0])
+    if not torch.compiler.is_compiling():
+        cost.tell_flop_counter()
     out, v_final, _, bits = _recurrence(x, *weights, v_reset, v0, *options.flat(save=needs_grad))
-    return out, v_final, bits if needs_grad else None
+    return out, v_final, bits if needs_grad and not mapped else None
 
 
 def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor, variant: str):
@@ -127,10 +137,32 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
         raise ValueError(
             f"{name}: expected shape {shape} for x {list(x.shape)} and variant {variant}, got {got}"
         )
-    if tensor.dtype not in _FLOATS:
-        raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected on x's device {x.device}, got {tensor.device}")
+    check_operand(name, tensor, x)
+
+
+def _has_side(T: int) -> bool:
+    """Whether a T that torch.export sees is known to lie within a word of spikes, or beyond it.
+
+    Else it would be fixed to one of both, since a first size of 1 or more is another layout to
+    torch; then nothing is saved, and the exported program has no backward.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(T > WORD) or statically_known_true(T <= WORD)
+
+
+def _loop(x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOptions):
+    """The operator's spikes or their mean and v_final, by the loop that defines them."""
+    if options.backend == "triton":
+        raise RuntimeError(
+            "backend='triton' cannot run: the kernels have no forward mode and no rule for "
+            "torch.func; with backend='auto' the loop of reference.py runs here"
+        )
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        spikes, v_final = gpn_loop(
+            x.to(v0.dtype), *weights, v_reset, v0, options.variant, options.surrogate, options.alpha
+        )
+    return spikes.mean(0) if options.output == "mean" else spikes.to(x.dtype), v_final
 
 
 def _plan(x: Tensor, variant: str, every: int):
@@ -246,6 +278,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, g_out, g_v_final, _g_v_saved, _g_bits):
+    if ctx.options[-2] == 0:
+        raise RuntimeError(
+            "gpn: exported with a T that may be below and above 32, it saves nothing for "
+            f"backward: export with T fixed, or from {WORD + 1} on (Dim('T', min={WORD + 1}))"
+        )
     # read once: activation checkpointing computes anew what a second reading asks for, and refuses
     saved = ctx.saved_tensors
     g_x, *g_weights, g_v0 = _recurrence_backward(g_out, g_v_final, *saved, *ctx.options)
@@ -253,4 +290,5 @@ def _autograd_backward(ctx, g_out, g_v_final, _g_v_saved, _g_bits):
     return g_x, *g_weights, None, g_v0, *[None] * len(ctx.options)
 
 
+_recurrence_backward.register_autograd(refuse_second("gpn", "reference.gpn_loop"))
 _recurrence.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -6,12 +6,14 @@ the state after the last step, as nn.LSTM does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from gpn_triton.neurons import reference
+from gpn_triton.neurons.checks import check_fits, check_sequence, check_state
 from gpn_triton.neurons.gpn import gpn_packed
 from gpn_triton.neurons.gpn_options import GPNOptions
 from gpn_triton.neurons.spike_linear import PackedPair
@@ -77,15 +79,12 @@ class GPN(nn.Module):
             spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]: a pair, which carries
             the packed spikes that gpn_packed gives, for the next layer's SpikeLinear.
         """
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: expected [T, B, {self.hidden_size}], got {list(x.shape)}")
+        check_sequence(x, self.hidden_size)
         if v_reset is None:
             v_reset = self.draw(x.shape[1], x)
         weights = self.weight_x, self.weight_v, self.bias
         spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options)
-        pair = PackedPair(spikes, v_final)
-        pair.bits = bits
-        return pair
+        return PackedPair(spikes, v_final).carry(bits)
 
     def draw(self, batch: int, like: Tensor) -> Tensor | None:
         """A sequence's v_reset [batch, N] on like's device, float64 if `like` is, else float32;
@@ -145,6 +144,9 @@ class LIF(nn.Module):
 
     def forward(self, x: Tensor, v0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [T, B, N] -> spikes [T, B, N], v_final [B, N]."""
+        check_sequence(x, self.hidden_size)
+        if v0 is not None:
+            check_state("v0", v0, x)
         tau = self.tau if self.w is None else 1 / torch.sigmoid(self.w).to(x.dtype)
         return reference.lif_loop(x, torch.zeros_like(x[0]) if v0 is None else v0, tau)
 
@@ -164,10 +166,18 @@ class CubaLIF(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x [T, B, N] -> spikes [T, B, N], (current, membrane, last spikes), each [B, N]."""
-        zero = torch.zeros_like(x[0])
-        return reference.cuba_lif_loop(
-            x, self.recurrent.weight, self.recurrent.bias, state or (zero, zero, zero)
-        )
+        check_sequence(x, self.hidden_size)
+        check_fits(x, self.recurrent.weight)
+        if state is None:
+            state = (torch.zeros_like(x[0]),) * 3
+        if not isinstance(state, Sequence) or len(state) != 3:
+            raise TypeError(
+                "state: expected (current, membrane, last spikes), each [B, N], got "
+                f"{type(state).__name__}"
+            )
+        for name, tensor in zip(("current", "membrane", "last spikes"), state, strict=True):
+            check_state(f"state: {name}", tensor, x)
+        return reference.cuba_lif_loop(x, self.recurrent.weight, self.recurrent.bias, state)
 
 
 class HeldDropout(nn.Module):
@@ -205,10 +215,12 @@ class Convolution(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
+        self.input_size = inputs
         self.convolution = nn.Conv1d(inputs, outputs, 3, padding=1)
         self.norm = nn.BatchNorm1d(outputs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x [T, B, C] -> [T, B, N], None."""
+        check_fits(x, self.convolution.weight)
         y = self.norm(self.convolution(x.permute(1, 2, 0)))
         return torch.relu(y).permute(2, 0, 1), None

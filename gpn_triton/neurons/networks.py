@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gpn_triton.machine.device import autocast_dtype
 from gpn_triton.neurons import cost
+from gpn_triton.neurons.checks import check_sequence
 from gpn_triton.neurons.event_linear import Cells
 from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
 from gpn_triton.neurons.layers import GPN, LIF, Convolution, CubaLIF, HeldDropout
@@ -161,7 +164,9 @@ class SpikingClassifier(nn.Module):
         Returns:
             of each hidden layer v_reset [B, N] and mask [B, N], in the parameters' dtype.
         """
-        like, draws = next(self.output.parameters()).detach(), []
+        # a readout that was quantized has no parameters
+        like = next(chain(self.output.parameters(), self.parameters()), torch.empty(0)).detach()
+        draws = []
         for neuron, N in zip(self.neurons, self.hidden, strict=True):
             draw = getattr(neuron, "draw", None)
             v_reset = None if draw is None else draw(batch, like)
@@ -181,6 +186,8 @@ class SpikingClassifier(nn.Module):
             logits [B, classes]; activity [layers] float32: mean output of each hidden layer
             (spikes a neuron and step for spiking neurons), detached.
         """
+        if not isinstance(x, Cells):
+            self._check(x)
         if draws is None:
             draws = self.draw(x.shape[1])
         activity = []
@@ -188,7 +195,11 @@ class SpikingClassifier(nn.Module):
             current = linear(x if isinstance(linear, SpikeLinear) else _dense(x))
             drew = drawn.v_reset is not None
             result = neuron(current, v_reset=drawn.v_reset) if drew else neuron(current)
-            x = Spikes(result[0], getattr(result, "bits", None), drawn.mask)
+            bits, version = getattr(result, "bits", None), getattr(result, "version", None)
+            if torch.compiler.is_compiling() and neuron._forward_hooks:
+                # a hook may have changed the spikes in place, which only their version would tell
+                bits = None
+            x = Spikes(result[0], bits, drawn.mask, version)
             activity.append(x.values.detach().mean(dtype=torch.float32))
         x = x.dense()
         if NEURONS[self.neuron].needs_time_bins:
@@ -199,7 +210,11 @@ class SpikingClassifier(nn.Module):
 
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The readout of x, which is summed in float32, in a network that computes in dtype."""
-        return self.output(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+        return self.output(x.to(dtype) if autocast_dtype(x) is None else x)
+
+    def _check(self, x: object) -> None:
+        """Refuse what is no sequence; a SpikeLinear knows its channels itself."""
+        check_sequence(x, getattr(self.neurons[0], "input_size", None), "C")
 
     def stream(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """Classify from the bins that have come so far; in evaluation mode only.
@@ -221,10 +236,17 @@ class SpikingClassifier(nn.Module):
             raise ValueError(f"neuron: a {self.neuron} sees all bins at once and cannot stream")
         if self.training:
             raise ValueError("stream: expected evaluation mode, got training: call eval() first")
-        if x.ndim != 3 or 0 in x.shape:
-            raise ValueError(f"x: expected [T, B, C], each size at least 1, got {list(x.shape)}")
-        if state is not None and x.shape[1] != len(state.readout):
-            raise ValueError(f"x: expected the state's {len(state.readout)} rows, got {x.shape[1]}")
+        self._check(x)
+        if state is not None:
+            if not isinstance(state, StreamState):
+                raise TypeError(f"state: expected stream's own or None, got {type(state).__name__}")
+            if len(state.neurons) != len(self.neurons):
+                raise ValueError(
+                    f"state: expected of {len(self.neurons)} layers, got {len(state.neurons)}"
+                )
+            if x.shape[1] != len(state.readout):
+                rows = len(state.readout)
+                raise ValueError(f"x: expected the state's {rows} rows, got {x.shape[1]}")
         neurons, steps = [], len(x)
         before = (None,) * len(self.neurons) if state is None else state.neurons
         for linear, neuron, old in zip(self.inputs, self.neurons, before, strict=True):

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpn_triton.kernels.tiles import WORD
-from gpn_triton.machine.device import BACKENDS, choose_backend
+from gpn_triton.machine.device import BACKENDS, autocast_dtype, choose_backend
+from gpn_triton.neurons import cost
+from gpn_triton.neurons.checks import check_fits
+from gpn_triton.neurons.derivatives import beyond_operators, refuse_second
 from gpn_triton.neurons.event_linear import Cells, event_linear
 from gpn_triton.neurons.gpn_options import check_choice
 from gpn_triton.neurons.recurrence_torch import unpack_spikes
@@ -36,12 +39,14 @@ class Spikes(NamedTuple):
 
     values [T, B, N] (or their mean over time, [B, N]): the layer's output. bits [ceil(T / 32), B,
     N] int32: the same as packed spikes, or None. mask [B, N]: what the values are still to be
-    multiplied by at every step, or None.
+    multiplied by at every step, or None. version: the values' own when they were packed; where it
+    is another now, or None, bits may not be theirs and are not used.
     """
 
     values: Tensor
     bits: Tensor | None = None
     mask: Tensor | None = None
+    version: int | None = None
 
     def dense(self) -> Tensor:
         """values * mask, as any module reads them."""
@@ -52,10 +57,20 @@ class PackedPair(namedtuple("Pair", ("spikes", "state"))):
     """The pair that a layer returns, which also carries the spikes in one bit each.
 
     Whoever unpacks or indexes it finds the pair alone. A hook that puts another pair in its place
-    drops the bits, which would not be those of the new spikes.
+    drops the bits, which would not be those of the new spikes; one that changes the spikes in
+    place changes their version.
     """
 
     bits: Tensor | None = None
+    version: int | None = None
+
+    def carry(self, bits: Tensor | None) -> PackedPair:
+        """Itself, with the bits of its spikes as they are now."""
+        self.bits = bits
+        # torch.compile cannot compare versions
+        if bits is not None and not torch.compiler.is_compiling():
+            self.version = self.spikes._version
+        return self
 
 
 class SpikeLinear(nn.Linear):
@@ -75,10 +90,20 @@ class SpikeLinear(nn.Linear):
         if isinstance(x, Cells):
             return event_linear(x, self.weight, self.bias)
         if isinstance(x, Spikes):
-            if x.bits is not None:
-                return spike_linear(*x, self.weight, self.bias, self.backend)
+            if x.bits is not None and self._unchanged(x):
+                return spike_linear(*x[:3], self.weight, self.bias, self.backend)
             x = x.dense()
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected [T, B, {self.in_features}], got {list(x.shape)}")
+        check_fits(x, self.weight)
         return super().forward(x)
+
+    def _unchanged(self, x: Spikes) -> bool:
+        """Whether no hook has changed the values since they were packed; torch.compile, which
+        cannot compare versions, takes it that any hook has."""
+        if torch.compiler.is_compiling():
+            return not self._forward_pre_hooks
+        return x.version == x.values._version
 
 
 def spike_linear(
@@ -91,7 +116,8 @@ def spike_linear(
 ) -> Tensor:
     """F.linear(spikes * mask, weight, bias), holding bits, mask and weight alone for backward.
 
-    Differentiable in spikes, weight and bias, once (no double backward). Under autocast operands
+    Differentiable in spikes, weight and bias, in reverse mode once; a double backward is refused,
+    and in forward mode and under torch.func F.linear runs instead. Under autocast operands
     and result have its dtype, as F.linear's; the gradient of the weight is summed in float32 and
     not rounded to a half type on its way to a float32 weight.
 
@@ -123,13 +149,17 @@ def spike_linear(
             raise ValueError(f"{name}: expected {shape}, got {list(tensor.shape)}")
     if bits.dtype != torch.int32:
         raise ValueError(f"bits: expected int32, got {bits.dtype}")
-    kind = spikes.device.type
-    if torch.is_autocast_enabled(kind) and spikes.dtype != torch.float64:
-        spikes = spikes.to(torch.get_autocast_dtype(kind))
+    autocast = autocast_dtype(spikes)
+    if autocast is not None:
+        spikes = spikes.to(autocast)
     elif weight.dtype != spikes.dtype:
         raise ValueError(f"weight: expected spikes' dtype {spikes.dtype}, got {weight.dtype}")
     if mask is not None:
         mask = mask.detach().to(spikes.dtype)
+    if beyond_operators(spikes, weight, bias):
+        return F.linear(spikes if mask is None else spikes * mask, weight, bias)
+    if not torch.compiler.is_compiling():
+        cost.tell_flop_counter()
     return _spike_linear(spikes, bits, mask, weight, bias, backend)
 
 
@@ -222,4 +252,7 @@ def _autograd_backward(ctx, g_y):
     return g_spikes, None, None, g_weight, g_bias if ctx.has_bias else None, None
 
 
+_spike_linear_backward.register_autograd(
+    refuse_second("spike_linear", "F.linear(spikes * mask, weight, bias)")
+)
 _spike_linear.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,59 @@
+"""Checks of the tensors that layers and networks take, and the sentences that refuse them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from gpn_triton.machine.device import autocast_dtype
+
+
+def check_sequence(x: object, size: int | None = None, letter: str = "N") -> None:
+    """Refuse what is no sequence [T, B, size] of a floating dtype; size None: any, by its letter.
+
+    Raises:
+        TypeError: no tensor. ValueError: another rank, size or dtype.
+    """
+    if isinstance(x, PackedSequence):
+        raise TypeError(
+            "x: expected a tensor, got a PackedSequence: sequences are as long as their batch. Pad "
+            "them with torch.nn.utils.rnn.pad_packed_sequence, and read from output='spikes' the "
+            "bins that are each one's own, or run those of equal length together"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor [T, B, {letter}], got {type(x).__name__}")
+    got = list(x.shape)
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x: expected [T, B, {letter}], each size at least 1, got {got}")
+    if size is not None and x.shape[2] != size:
+        raise ValueError(f"x: expected [T, B, {size}], got {got}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}: give x.float()")
+
+
+def check_state(name: str, state: object, x: Tensor) -> None:
+    """Refuse what is no state [B, N] for x [T, B, N]: as check_sequence."""
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: expected a tensor [B, N], got {type(state).__name__}")
+    if state.shape != x.shape[1:]:
+        shape = list(x.shape[1:])
+        raise ValueError(
+            f"{name}: expected shape {shape} for x {list(x.shape)}, got {list(state.shape)}"
+        )
+    check_operand(name, state, x)
+
+
+def check_fits(x: Tensor, weight: Tensor) -> None:
+    """Refuse x of another device or, where autocast does not cast, dtype than the weight's."""
+    if x.device != weight.device:
+        raise ValueError(f"x: expected on the weights' device {weight.device}, got {x.device}")
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
+        raise ValueError(f"x: expected the weights' dtype {weight.dtype}, got {x.dtype}")
+
+
+def check_operand(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Refuse a tensor of no floating dtype, or that lies on another device than x."""
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected on x's device {x.device}, got {tensor.device}")
