@@ -266,7 +266,7 @@ def weight_gradient_kernel(
 
 def flat(a: Tensor | None, like: Tensor) -> np.ndarray:
     """The tensor's memory as one long array."""
-    return (like.new_empty(0) if a is None else a.contiguous()).detach().view(-1).numpy()
+    return (like.new_empty(0) if a is None else a.contiguous()).detach().numpy().reshape(-1)
 
 
 def pack(w: Tensor | None, G: int, like: Tensor) -> np.ndarray:
