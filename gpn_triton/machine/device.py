@@ -32,19 +32,26 @@ def choose_device(name: str) -> torch.device:
 def choose_backend(backend: str, x: Tensor) -> str:
     """triton, cpu or torch; raises RuntimeError if one was asked for by name and cannot run.
 
-    auto is cpu for tensors on a CPU, triton on a GPU whose kernels can run, else torch. Called
-    within the operators, where torch.compile does not look. An operator that has no kernel for a
-    CPU takes cpu for torch.
+    auto is triton on a GPU whose kernels can run, else torch. Called within the operators, where
+    torch.compile does not look. An operator that has no kernel for a CPU takes cpu for torch.
     """
-    on_cpu = x.device.type == "cpu"
-    if backend == "torch" or (backend in ("auto", "cpu") and on_cpu):
-        return "torch" if backend == "torch" else "cpu"
-    if backend == "cpu":
-        raise RuntimeError(f"backend='cpu' cannot run: x is on {x.device}; move it to the CPU")
-    reason = triton_unavailable(x)
-    if reason is not None and backend == "triton":
-        raise RuntimeError(f"backend='triton' cannot run: {reason}")
-    return "triton" if reason is None else "torch"
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
+        return "torch"
+    reason = cpu_unavailable(x) if backend == "cpu" else triton_unavailable(x)
+    if reason is None:
+        return "cpu" if backend == "cpu" else "triton"
+    if backend == "auto":
+        return "torch"
+    raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+
+
+def cpu_unavailable(x: Tensor) -> str | None:
+    """Why the kernels for a CPU cannot take x, with what would help; None if they can."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; move it to the CPU"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install 'gpn-triton[cpu]')"
+    return None
 
 
 def triton_unavailable(x: Tensor) -> str | None:

@@ -56,9 +56,9 @@ def gpn(
         variant: full, no-fi, no-i, no-t, no-b or no-fitb (the paper's ablations).
         surrogate: atan, sigmoid, fast-sigmoid or triangle; alpha: its width, larger is narrower.
         backend: triton (CUDA, or CPU tensors under Triton's interpreter), cpu (kernels that Numba
-            compiles), torch (any device), or auto: cpu for CPU tensors, triton for CUDA tensors
-            up to float32 where the kernels can run (device.triton_unavailable says), else torch.
-            A backend asked for by name runs or raises.
+            compiles at the first call, for CPU tensors), torch (any device), or auto: triton for
+            CUDA tensors up to float32 where the kernels can run (device.triton_unavailable says),
+            else torch. A backend asked for by name runs or raises.
         checkpoint_every: save the membrane every so many steps for backward and replay the steps
             between; None or 1 saves every step.
         output: spikes, or mean: only their mean over time, so that [T, B, N] is never written.
