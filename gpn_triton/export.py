@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gpn_triton.data.binning import BinningConfig
-from gpn_triton.machine import files
+from gpn_triton.machine import files, interrupt
 from gpn_triton.neurons.layers import GPN
 from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
 from gpn_triton.training import run_folder
@@ -119,9 +119,13 @@ def main(argv: list[str] | None = None) -> int:
     about = "Names the folder to write into (default: RUN/export)."
     parser.add_argument("--out", metavar="DIR", help=about)
     try:
+        interrupt.started()
         args = parser.parse_args(argv)
         print(*export(args.run, args.out or Path(args.run, "export")), sep="\n")
         return 0
+    except KeyboardInterrupt:
+        print("stopped at once", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from gpn_triton.data.binning import bin_batch
+from gpn_triton.data.datasets import class_difference
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.sources.hdf5 import read_events
-from gpn_triton.machine import files
+from gpn_triton.machine import files, interrupt
 from gpn_triton.machine.device import choose_device
 from gpn_triton.training.build import build_binning
 from gpn_triton.training.parser import Parser
@@ -76,6 +77,21 @@ def predictions_csv(class_names: tuple[str, ...], logits: Tensor) -> str:
     return text.getvalue()
 
 
+def describe_agreement(class_names: tuple[str, ...], store: EventStore, logits: Tensor) -> str:
+    """How many predictions agree with a file's labels, compared by the classes' names, in words;
+    why that cannot be told where the file has classes that the run does not know."""
+    labels, names = torch.from_numpy(store.labels), store.class_names
+    if sorted(names) == sorted(class_names) and len(set(names)) == len(names):
+        labels = torch.tensor([class_names.index(name) for name in names])[labels]
+    elif difference := class_difference(class_names, names):
+        return f"labels not compared: extra/keys: the run has {difference}"
+    elif labels.max() >= len(class_names):
+        top = int(labels.max())
+        return f"labels not compared: the run has {len(class_names)} classes, a label is {top}"
+    agree = (logits.argmax(1) == labels).double().mean().item()
+    return f"{100 * agree:.2f} % as the file labels them"
+
+
 def build_parser() -> Parser:
     """The command's parser."""
     parser = Parser(
@@ -106,7 +122,10 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
+        interrupt.started()
         args = build_parser().parse_args(argv)
+        if args.out != "-":
+            files.check_writable(args.out)
         device, trained = choose_device(args.device), load_run(args.run)
         store = read_events(args.file, num_channels=NUM_CHANNELS, use_cache=False)
         logits = predict(trained, store, device, args.batch_size, args.stream)
@@ -116,9 +135,12 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
             return 0
         files.write_atomically(Path(args.out), lambda opened: opened.write(text.encode()))
-        agree = (logits.argmax(1) == torch.from_numpy(store.labels)).double().mean().item()
-        print(f"{args.out}: {len(store)} samples, {100 * agree:.2f} % as the file labels them")
+        agreement = describe_agreement(trained.class_names, store, logits)
+        print(f"{args.out}: {len(store)} samples, {agreement}")
         return 0
+    except KeyboardInterrupt:
+        print("stopped at once: nothing was written", file=sys.stderr)
+        return 130
     # RuntimeError is torch's own, where memory does not suffice
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error).splitlines() or [type(error).__name__]

@@ -8,6 +8,7 @@ python -m gpn_triton.train --resume auto
 
 import sys
 
+from gpn_triton.machine import interrupt
 from gpn_triton.machine.device import is_out_of_memory
 from gpn_triton.training import parser
 from gpn_triton.training.engine import NonFiniteError
@@ -18,6 +19,7 @@ from gpn_triton.training.run import Interrupted
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
+        interrupt.started()
         run_experiment(parser.parse(argv))
         return 0
     except (ValueError, OSError, MemoryError, NonFiniteError) as error:
@@ -26,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as stop:
         return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"stopped at once: {str(stop) or 'nothing was begun'}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         # memory may also not suffice before or after the training

@@ -16,7 +16,7 @@ ROOMS = {
         "binning cpu gpn_backward gpn_cpu gpn_forward offline operands pointwise pointwise_cpu spikes tiles",
         "",
     ),
-    "machine": ("device distributed files graphs profile provenance", ""),
+    "machine": ("device distributed files graphs interrupt profile provenance", ""),
     "neurons": (
         "checks cost derivatives event_linear explain gpn gpn_options layers networks "
         "recurrence_torch reference spike_linear surrogate",
@@ -41,7 +41,8 @@ KERNEL_IMPORTERS = {
 }  # fmt: skip
 # what the package's face shows comes from here
 FACE = {
-    "machine.provenance", "neurons.explain", "neurons.gpn", "neurons.layers", "neurons.networks",
+    "machine.interrupt", "machine.provenance", "neurons.explain", "neurons.gpn", "neurons.layers",
+    "neurons.networks",
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "numba", "llvmlite", "numpy", *sys.stdlib_module_names}
 

@@ -1,5 +1,6 @@
 """A data set by its name or its files, as training, validation and test samples."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -7,10 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from gpn_triton.data.events import EventStore, check_range
 from gpn_triton.data.hold_out import choose_split
 from gpn_triton.data.sources.download import PARTS, fetch
-from gpn_triton.data.sources.hdf5 import check_file, read_events
+from gpn_triton.data.sources.hdf5 import read_classes, read_events
 from gpn_triton.data.sources.synthetic import synthetic_splits
 
 # the sets known by name; what ends in .h5 is a file
@@ -100,7 +103,6 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
         return Splits(made.train, made.valid, lambda: made.test, about)
 
     name, files = source.files()
-    how_to_split = source.valid_split, source.valid_fraction
 
     def read(part: str) -> EventStore:
         store = read_events(files[part], source.cache_dir)
@@ -111,20 +113,30 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
             )
         return store
 
+    def split(store: EventStore, part: str, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+        try:
+            return choose_split(store, source.valid_split, source.valid_fraction, seed)
+        except ValueError as error:
+            raise ValueError(
+                f"{files['train']}: no {part} part can be held out: {error}; more samples would "
+                f"do, or a file named by --{part}-file beside --train-file"
+            ) from None
+
+    _warn_of_same(files)
     train = read("train")
     classes, valid_how = train.class_names, Path(files.get("valid") or name).name
     if files.get("test") is None:
-        kept, held, how = choose_split(train, *how_to_split, seed + 1)
+        kept, held, how = split(train, "test", seed + 1)
         load_test = partial(train.subset, held)
         train = train.subset(kept)
         test_how = f"{len(held)} samples held out, {how}"
     else:
-        # so that a wrong name is not found out after the training
-        check_file(files["test"])
+        # so that a wrong file is not found out after the training
+        _check_classes(files["test"], *read_classes(files["test"]), classes)
         load_test = lambda: _with_classes(read("test"), classes, files["test"])  # noqa: E731
         test_how = f"{Path(files['test']).name}, read at the end"
     if files.get("valid") is None:
-        kept, held, valid_how = choose_split(train, *how_to_split, seed)
+        kept, held, valid_how = split(train, "valid", seed)
         train, valid = train.subset(kept), train.subset(held)
     else:
         valid = _with_classes(read("valid"), classes, files["valid"])
@@ -136,14 +148,42 @@ def _sizes(train: EventStore, valid: EventStore) -> str:
     return f"{len(train)} training and {len(valid)} validation samples"
 
 
+def _warn_of_same(files: dict[str, str | os.PathLike | None]) -> None:
+    """Warn where two parts are one file."""
+    for (one, a), (other, b) in itertools.combinations(files.items(), 2):
+        if a and b and os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b):
+            warnings.warn(
+                f"{b} holds the {one} and the {other} data: an accuracy on samples "
+                "that training has seen says little",
+                stacklevel=3,
+            )
+
+
+def class_difference(expected: tuple[str, ...], got: tuple[str, ...]) -> str | None:
+    """Where two lists of class names first differ, in words; None where neither contradicts the
+    other, since they are equal or one of them only counts."""
+    numbers = tuple(map(str, range(max(len(expected), len(got)))))
+    if expected == got or any(names == numbers[: len(names)] for names in (expected, got)):
+        return None
+    k = next(
+        (k for k, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), None
+    )
+    k = min(len(expected), len(got)) if k is None else k
+    there = f"{expected[k]!r} as class {k}" if k < len(expected) else f"no class {k}"
+    here = f"{got[k]!r}" if k < len(got) else "none"
+    return f"{there}, got {here} of {len(got)}"
+
+
+def _check_classes(
+    path: str | os.PathLike, names: tuple[str, ...], labels: np.ndarray, classes: tuple[str, ...]
+) -> None:
+    """Raise ValueError if a file's class names or labels contradict the training data's classes."""
+    if difference := class_difference(classes, names):
+        raise ValueError(f"{path}: extra/keys: expected the training data's {difference}")
+    check_range(f"{path}: labels", labels, len(classes) - 1)
+
+
 def _with_classes(store: EventStore, classes: tuple[str, ...], path: str | os.PathLike):
     """The store with the training data's classes, where its own do not contradict them."""
-    numbers = tuple(map(str, range(max(len(classes), len(store.class_names)))))
-    named = [c for c in (store.class_names, classes) if c != numbers[: len(c)]]
-    if len(named) == 2 and store.class_names != classes:
-        raise ValueError(
-            f"{path}: extra/keys: expected the training data's classes {classes[:4]}..., "
-            f"got {store.class_names[:4]}..."
-        )
-    check_range(f"{path}: labels", store.labels, len(classes) - 1)
+    _check_classes(path, store.class_names, store.labels, classes)
     return replace(store, class_names=classes)

@@ -140,13 +140,26 @@ class DeviceEvents:
         return len(self.labels)
 
 
-def check_range(what: str, values: np.ndarray, top: float, unit: str = "") -> None:
-    """Raise ValueError unless all values are in 0..top; NaN is not."""
+def check_range(
+    what: str, values: np.ndarray, top: float, unit: str = "", offsets: np.ndarray | None = None
+) -> None:
+    """Raise ValueError unless all values are in 0..top; NaN is not.
+
+    Args:
+        what, unit: for the error. offsets [S + 1]: where each sample's values begin, if not one a
+            sample, so that the error can name the first bad sample.
+    """
     if not len(values):
         return
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
-        raise ValueError(f"{what}: expected 0..{top} {unit}".rstrip() + f", got {low}..{high}")
+        first = int(np.argmin((values >= 0) & (values <= top)))
+        if offsets is not None:
+            first = int(np.searchsorted(offsets, first, side="right")) - 1
+        raise ValueError(
+            f"{what}: expected 0..{top} {unit}".rstrip()
+            + f", got {low}..{high}; sample {first} is the first to mend or leave out"
+        )
 
 
 def unsorted_samples(times: np.ndarray, offsets: np.ndarray) -> np.ndarray:

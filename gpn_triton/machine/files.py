@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,22 +15,42 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         path: the file; an older one of that name is replaced at once or stays.
         write: called with the binary file, open to read and write.
     Raises:
-        OSError: the folder cannot be written or the disk is full; no half file is left.
+        OSError: the folder cannot be written or the disk is full, with the file's own name; no half
+            file is left.
     """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path, temporary = Path(path), None
     try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror:
+            raise _of(path, error) from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise OSError, with the file's name, unless a file of that name could be written."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise _of(path, error) from None
+
+
+def _of(path: Path, error: OSError) -> OSError:
+    """The error as one of this file, whose temporary name nobody knows."""
+    return OSError(error.errno, error.strerror, str(path))

@@ -19,6 +19,7 @@ from gpn_triton.training.build import build_network
 from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.run import Interrupted, Run
+from gpn_triton.training.trackers import check_trackers
 
 
 def run_experiment(cfg: TrainConfig) -> None:
@@ -29,6 +30,8 @@ def run_experiment(cfg: TrainConfig) -> None:
         ValueError, OSError, MemoryError, NonFiniteError: one line says what is wrong.
     """
     device = choose_device(cfg.device)
+    if not cfg.eval_only:
+        check_trackers(cfg.track)
     if cfg.backend == "triton" and NEURONS[cfg.neuron].is_gpn:
         reason = triton_unavailable(torch.empty(1, device=device))
         if reason:
@@ -45,12 +48,19 @@ def run_experiment(cfg: TrainConfig) -> None:
         if cfg.eval_only:
             evaluate_run(cfg, Path(cfg.eval_only), splits, device, world)
             return
+        shift = f"by up to {cfg.channel_shift} channels" if cfg.channel_shift else "not"
+        world.say(f"training samples are shifted {shift} (--channel-shift)")
         made = str(run_folder.make_run_folder(cfg)) if world.is_writer and not cfg.resume else None
         run = Path(cfg.resume or world.share(made))
         try:
             results = train_seeds(cfg, run, splits, device, world)
         except Interrupted as stop:
             world.say(f"{stop}; go on with --resume {run}")
+            raise
+        except BaseException as error:
+            removed = made and run_folder.remove_unused(run)
+            if isinstance(error, KeyboardInterrupt) and not removed:
+                raise KeyboardInterrupt(run_folder.how_to_go_on(run)) from None
             raise
         world.say(_summary(cfg, results, run))
 
@@ -75,8 +85,8 @@ def train_seeds(
     folders = run_folder.seed_folders(run, cfg.seed)
     several = len(folders) > 1
     if world.is_writer:
-        if not cfg.resume:
-            run_folder.write_json(run / run_folder.CONFIG, cfg.to_dict())
+        if cfg.resume:
+            _take_test_file(cfg, run, folders)
         for folder in folders:
             folder.mkdir(exist_ok=True)
     world.barrier()
@@ -105,6 +115,20 @@ def train_seeds(
         }
         run_folder.write_json(run / run_folder.RESULT, summary)
     return results
+
+
+def _take_test_file(cfg: TrainConfig, run: Path, folders: list[Path]) -> None:
+    """Note in a resumed run's options the test file it was given; ValueError once it was tested."""
+    there = run_folder.read_options(run, "resume")
+    if cfg.test_file == there["test_file"]:
+        return
+    for folder in folders:
+        if (folder / run_folder.RESULT).exists():
+            raise ValueError(
+                f"test_file: {folder} was tested already, with {there['test_file']}: "
+                "--eval-only may be given another file"
+            )
+    run_folder.write_json(run / run_folder.CONFIG, {**there, "test_file": cfg.test_file})
 
 
 def _summary(cfg: TrainConfig, results: list[dict[str, Any]], run: Path) -> str:

@@ -43,8 +43,9 @@ def option(group: str, default: Any, help: str, **more: Any) -> Any:
         more: newcomer: --help shows it, not --help-all alone. result=False: no result depends on
             it, or only by the order of float sums. beside: those of TAKE_UP beside which it may be
             given. before: the value that runs had before there was the option, if not the default.
-            choices, check: what fits. sets: the field of BinningConfig or Augmentation that it
-            sets, as (class, name). metavar, nargs, const: as argparse.
+            choices, check: what fits. shown: the default in words, where it is no single one.
+            sets: the field of BinningConfig or Augmentation that it sets, as (class, name).
+            metavar, nargs, const: as argparse.
     """
     known = {"newcomer": False, "result": True, "beside": (), "before": default}
     return field(default=default, metadata={"group": group, "help": help, **known, **more})
@@ -82,7 +83,8 @@ class TrainConfig:
         help="Goes on with an interrupted run, to the same bits; 'auto' takes the newest "
         "unfinished one under --out.")
     eval_only: str | None = option("Run", None, result=False, metavar="RUN",
-        help="Trains nothing and evaluates a run's best weights on its test set.")
+        help="Trains nothing and evaluates a run's best weights on its test set; 'auto' takes the "
+        "newest finished run under --out.")
     device: str = option("Run", "auto", result=False, beside=TAKE_UP, metavar="DEVICE",
         help="Chooses where to compute: cpu, cuda or cuda:K; auto takes a GPU that is there.")
     no_graph: bool = option("Run", False, result=False, beside=TAKE_UP,
@@ -113,9 +115,10 @@ class TrainConfig:
     valid_file: str | None = option("Data", None, result=False, metavar="FILE.h5",
         help="Names the validation data that belong to --train-file; without it a part of the "
         "training data is held out.")
-    test_file: str | None = option("Data", None, newcomer=True, result=False, metavar="FILE.h5",
+    test_file: str | None = option("Data", None, newcomer=True, result=False, beside=TAKE_UP,
+        metavar="FILE.h5",
         help="Names the test data that belong to --train-file, read once at the end; without it a "
-        "part of the training data is held out.")
+        "part of the training data is held out. An unfinished run may be given another.")
     data_dir: str = option("Data", "data", result=False, beside=TAKE_UP, metavar="DIR",
         help="Names the folder where the files of shd and ssc lie.")
     cache_dir: str | None = option("Data", None, result=False, beside=TAKE_UP, metavar="DIR",
@@ -151,7 +154,9 @@ class TrainConfig:
         "authors' pipeline, which loses the last bin and one channel (authors).")
 
     channel_shift: int = _sets(Augmentation, "channel_shift", default=10, metavar="K",
-        help="Shifts each training sample by up to so many channels either way; presets do not.")
+        shown="10 for synthetic, shd and ssc; 0 for your own files and beside a preset",
+        help="Shifts each training sample by up to so many channels either way, which helps where "
+        "channels are places on a membrane, and does harm where each means something of its own.")
     time_stretch: float = _sets(Augmentation, "time_stretch", metavar="F",
         help="Stretches or shrinks each training sample's time by up to this share.")
     time_jitter: float = _sets(Augmentation, "time_jitter", metavar="SECONDS",

@@ -5,14 +5,17 @@ flag.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpn_triton.data.datasets import DATASETS
+from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training.options import OPTIONS, TAKE_UP, TrainConfig, check_names, did_you_mean
 from gpn_triton.training.presets import PRESETS
-from gpn_triton.training.run_folder import CONFIG, newest_unfinished, read_options
+from gpn_triton.training.run_folder import CONFIG, newest, read_options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,7 +82,8 @@ def build_parser(everything: bool = False) -> Parser:
         text = about["help"].replace("%", "%%")
         if f.default not in (None, ()) and f.default is not False:
             shown = f.default if isinstance(f.default, tuple) else (f.default,)
-            text += f" (default: {' '.join(map(str, shown))})"
+            shown = about.get("shown", " ".join(map(str, shown)))
+            text += f" (default: {shown})"
         given = {k: about[k] for k in ("choices", "metavar", "nargs", "const") if k in about}
         group.add_argument(
             "--" + f.name.replace("_", "-"),
@@ -122,20 +126,55 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     for name in ("valid_file", "test_file"):
         if name in given and "train_file" not in given:
             raise ValueError(f"{name}: expected --train-file beside it")
-    return TrainConfig(**{**preset, **given})
+    cfg = TrainConfig(**{**preset, **given})
+    if _own_file(cfg) and "channel_shift" not in given:
+        cfg = dataclasses.replace(cfg, channel_shift=0)
+    _refuse_ignored(cfg, given)
+    return cfg
+
+
+def _own_file(cfg: TrainConfig) -> bool:
+    """Whether the data are a file of the user's own."""
+    return cfg.train_file is not None or cfg.dataset not in DATASETS
+
+
+def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
+    """Raise ValueError if an option was given that has no effect beside the others."""
+    data = "a file of your own" if _own_file(cfg) else f"--dataset {cfg.dataset}"
+    without = f"--neuron {cfg.neuron}"
+    ignored = {}
+    if not NEURONS[cfg.neuron].is_gpn:
+        ignored |= dict.fromkeys(("surrogate", "alpha", "checkpoint_every"), without)
+        if cfg.backend == "triton":
+            ignored["backend"] = without
+    if data != "--dataset synthetic":
+        ignored |= dict.fromkeys(("samples", "classes"), data)
+    if _own_file(cfg) or cfg.dataset == "synthetic":
+        ignored["download"] = data
+    for name in ignored:
+        if given.get(name):
+            raise ValueError(
+                f"{name}: has no effect beside {ignored[name]}: remove --{name.replace('_', '-')}"
+            )
 
 
 def _of_run(flags: dict[str, Any], source: str) -> TrainConfig:
     """The configuration a run folder holds, with what may be given anew beside it."""
     auto = flags[source] == "auto"
-    run = str(newest_unfinished(flags.get("out", "runs"))) if auto else flags[source]
+    run = flags[source]
+    if auto:
+        run = str(newest(flags.get("out", "runs"), source == "eval_only", source))
     allowed = {source, "out" if auto else source}
     allowed |= {f.name for f in OPTIONS if source in f.metadata["beside"]}
     if extra := ["--" + name.replace("_", "-") for name in sorted(set(flags) - allowed)]:
         raise ValueError(
             f"{source}: takes its options from {run}/{CONFIG}: remove {', '.join(extra)}"
         )
-    return TrainConfig(**{**read_options(run, source), **flags, source: run})
+    cfg = TrainConfig(**{**read_options(run, source), **flags, source: run})
+    if "test_file" in flags and cfg.train_file is None:
+        raise ValueError(f"test_file: expected a run of --train-file, {run} is none")
+    _refuse_ignored(cfg, flags)
+    return cfg
 
 
 def _read_toml(path: str) -> dict[str, Any]:

@@ -6,7 +6,9 @@ own, which holds config.json and, at the end, result.json.
 
 import dataclasses
 import json
+import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Sequence
 from datetime import datetime
@@ -34,18 +36,39 @@ NUM_CHANNELS = 700
 
 
 def make_run_folder(cfg: TrainConfig) -> Path:
-    """A new folder under cfg.out, named after the time, the data and the neuron."""
+    """A new folder under cfg.out, named after the time, the data and the neuron.
+
+    It appears with its config.json in it, or not at all.
+    """
     data = Path(cfg.train_file or cfg.dataset).stem
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{data}-{cfg.neuron}"
-    for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
-        run = Path(cfg.out, name + suffix)
-        try:
-            run.mkdir(parents=True)
-            return run
-        except FileExistsError:
-            if not Path(cfg.out).is_dir():
-                raise ValueError(f"out: expected a folder, {cfg.out} is a file") from None
+    temporary = Path(cfg.out, f".{name}.{os.getpid()}")
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        write_json(temporary / CONFIG, cfg.to_dict())
+        for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
+            run = Path(cfg.out, name + suffix)
+            if not run.exists():
+                try:
+                    return temporary.rename(run)
+                except OSError:
+                    # another process may have made a run of this name just now
+                    if not run.exists():
+                        raise
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"out: expected a folder, {cfg.out} is a file") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     raise ValueError(f"out: no free name for a run in {cfg.out}")
+
+
+def remove_unused(run: Path) -> bool:
+    """Remove a run's folder if nothing but its options has been written; whether it was removed."""
+    unused = {path.name for path in run.rglob("*") if path.is_file()} <= {CONFIG}
+    if unused:
+        shutil.rmtree(run)
+    return unused
 
 
 def seed_folders(run: str | Path, seeds: Sequence[int]) -> list[Path]:
@@ -53,12 +76,20 @@ def seed_folders(run: str | Path, seeds: Sequence[int]) -> list[Path]:
     return [Path(run, f"{SEED}{seed}") for seed in seeds] if len(seeds) > 1 else [Path(run)]
 
 
-def newest_unfinished(out: str | Path) -> Path:
-    """The newest run folder under `out` without a result.json."""
-    runs = [p.parent for p in Path(out).glob(f"*/{CONFIG}")]
-    runs = [p for p in runs if not (p / RESULT).exists()]
+def how_to_go_on(run: Path) -> str:
+    """What --resume would do with a run that was stopped, in words."""
+    saved = any(p for name in (CHECKPOINTS, RESULT) for p in run.rglob(name))
+    does = "goes on from the last checkpoint" if saved else "begins anew, nothing was saved yet"
+    return f"--resume {run} {does}"
+
+
+def newest(out: str | Path, finished: bool, argument: str) -> Path:
+    """The newest run folder under `out` with a result.json, or without; argument asked for it."""
+    runs = [p.parent for p in Path(out).glob(f"[!.]*/{CONFIG}")]
+    runs = [p for p in runs if (p / RESULT).exists() == finished]
     if not runs:
-        raise FileNotFoundError(f"resume: no unfinished run under {out}")
+        kind = "finished" if finished else "unfinished"
+        raise FileNotFoundError(f"{argument}: no {kind} run under {out}")
     return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime)
 
 

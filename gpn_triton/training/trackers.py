@@ -10,21 +10,22 @@ from typing import Any
 from gpn_triton.training.objective import Epoch
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError if one of these trackers is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"track: {name} is not installed: pip install 'gpn-triton[{name}]'")
+
+
 class Trackers:
     """The trackers of one run, as a context; with none named it does nothing.
 
     Args:
-        names: tensorboard, wandb. run: the run's folder. config: its options, for wandb.
-    Raises:
-        ValueError: a tracker that is not installed.
+        names: tensorboard, wandb, see check_trackers. run: the run's folder. config: its options,
+            for wandb.
     """
 
     def __init__(self, names: Sequence[str], run: Path, config: dict[str, Any]):
-        for name in names:
-            if find_spec(name) is None:
-                raise ValueError(
-                    f"track: {name} is not installed: pip install 'gpn-triton[{name}]'"
-                )
         self.board = self.wandb = None
         if "tensorboard" in names:
             from torch.utils.tensorboard import SummaryWriter

@@ -101,6 +101,17 @@ def check_file(path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: expected an HDF5 file, got one that begins with {head!r}")
 
 
+def read_classes(path: str | os.PathLike) -> tuple[tuple[str, ...], np.ndarray]:
+    """A file's class names, as read_events gives them, and its labels [S]; reads no events.
+
+    Raises: as read_events, for what can be seen without the events.
+    """
+    path = Path(path)
+    check_file(path)
+    arrays, names = _run_reader(path, "--no-events")
+    return _class_names(path, names, arrays["labels"]), arrays["labels"]
+
+
 def write_events(
     path: str | os.PathLike, store: EventStore, times_dtype: type[np.floating] = np.float32
 ) -> None:
@@ -131,13 +142,11 @@ def _parse(path: Path, num_channels: int) -> tuple[EventStore, np.dtype]:
     """The file's samples, checked, and the type its times are stored in."""
     arrays, names = _run_reader(path)
     times, units, labels = arrays["times"], arrays["units"], arrays["labels"]
-    check_range(f"{path}: spikes/times", times, MAX_SECONDS, "seconds")
-    check_range(f"{path}: spikes/units", units, num_channels - 1)
-    check_range(f"{path}: labels", labels, len(names or range(MAX_CLASSES)) - 1)
-    if not names:
-        names = [str(k) for k in range(int(labels.max()) + 1 if len(labels) else 0)]
+    names = _class_names(path, names, labels)
     offsets = np.zeros(len(labels) + 1, np.int64)
     np.cumsum(arrays["lengths"], out=offsets[1:])
+    check_range(f"{path}: spikes/times", times, MAX_SECONDS, "seconds", offsets)
+    check_range(f"{path}: spikes/units", units, num_channels - 1, offsets=offsets)
     store = EventStore(
         times=times.astype(np.float32),
         units=units.astype(np.uint16, copy=False),
@@ -145,7 +154,7 @@ def _parse(path: Path, num_channels: int) -> tuple[EventStore, np.dtype]:
         labels=labels.astype(np.int64),
         speakers=arrays.get("speakers"),
         num_channels=num_channels,
-        class_names=tuple(names),
+        class_names=names,
     )
     for k in unsorted_samples(store.times, offsets):
         own = slice(offsets[k], offsets[k + 1])
@@ -154,13 +163,21 @@ def _parse(path: Path, num_channels: int) -> tuple[EventStore, np.dtype]:
     return store.validate(str(path)), times.dtype
 
 
-def _run_reader(path: Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
+def _class_names(path: Path, names: list[str] | None, labels: np.ndarray) -> tuple[str, ...]:
+    """A file's class names, or its labels' numbers; ValueError for labels beyond them, or none."""
+    check_range(f"{path}: labels", labels, len(names or range(MAX_CLASSES)) - 1)
+    if not len(labels):
+        raise ValueError(f"{path}: expected at least one sample, got none")
+    return tuple(names or map(str, range(int(labels.max()) + 1)))
+
+
+def _run_reader(path: Path, *flags: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """What hdf5_reader.py sends of a file."""
     limit = READ_SECONDS + path.stat().st_size / READ_BYTES_PER_SECOND
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            [sys.executable, hdf5_reader.__file__, str(path)],
+            [sys.executable, hdf5_reader.__file__, str(path), *flags],
             stdout=subprocess.PIPE,
             stderr=errors,
             # each of the numerical library's threads would take address space from the limit

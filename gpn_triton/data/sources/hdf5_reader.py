@@ -1,6 +1,7 @@
 """Read an HDF5 file in SHD's layout and send its flat arrays to standard output.
 
 python gpn_triton/data/sources/hdf5_reader.py FILE.h5
+python gpn_triton/data/sources/hdf5_reader.py FILE.h5 --no-events
 
 A program of its own, because on a damaged file the HDF5 library itself may crash, loop for ever or
 ask for any amount of memory: gpn_triton.data.sources.hdf5 runs it, ends it in time and reads its
@@ -27,12 +28,13 @@ class LayoutError(ValueError):
     """What is wrong with a file, in one line."""
 
 
-def read_layout(path: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
+def read_layout(path: str, events: bool = True) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """Read the arrays of a file as they are stored, samples concatenated.
 
     Args:
         path: a file with spikes/times (float, a variable length per sample), spikes/units (integer,
             likewise), labels [S] integer and, where known, extra/speaker [S] and extra/keys.
+        events: whether to read times and units; without, they are checked by type and shape only.
     Returns:
         times [E], units [E], lengths [S] int64, labels [S], and speakers [S] int32 if present;
         the class names, or None.
@@ -41,7 +43,7 @@ def read_layout(path: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """
     try:
         with h5py.File(path, "r") as file:
-            return _read(file)
+            return _read(file, events)
     except LayoutError:
         raise
     # h5py raises these, and no others were seen in thousands of damaged files
@@ -50,14 +52,16 @@ def read_layout(path: str) -> tuple[dict[str, np.ndarray], list[str] | None]:
         raise LayoutError(f"expected a readable HDF5 file, got: {reason}") from None
 
 
-def _read(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str] | None]:
+def _read(file: h5py.File, events: bool) -> tuple[dict[str, np.ndarray], list[str] | None]:
     labels = _dataset(file, "labels")
     _expect_kind("labels", labels.dtype, "iu", "whole numbers")
     if labels.ndim != 1:
         raise LayoutError(f"labels: expected one value a sample, got shape {labels.shape}")
     samples = len(labels)
-    times, lengths = _read_ragged(file, "spikes/times", "f", "floating-point seconds", samples)
-    units, unit_lengths = _read_ragged(file, "spikes/units", "iu", "whole numbers", samples)
+    times, lengths = _read_ragged(
+        file, "spikes/times", "f", "floating-point seconds", samples, events
+    )
+    units, unit_lengths = _read_ragged(file, "spikes/units", "iu", "whole numbers", samples, events)
     different = np.flatnonzero(lengths != unit_lengths)
     if len(different):
         k = different[0]
@@ -102,9 +106,10 @@ def _expect_samples(name: str, data: h5py.Dataset, samples: int) -> None:
 
 
 def _read_ragged(
-    file: h5py.File, name: str, kinds: str, what: str, samples: int
+    file: h5py.File, name: str, kinds: str, what: str, samples: int, events: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A dataset of one variable-length row a sample, as one array and the rows' lengths."""
+    """A dataset of one variable-length row a sample, as one array and the rows' lengths; without
+    its events as one of none."""
     data = _dataset(file, name)
     dtype = h5py.check_vlen_dtype(data.dtype)
     if not isinstance(dtype, np.dtype):
@@ -114,9 +119,9 @@ def _read_ragged(
         # h5py 3.16 returns such rows with their bytes in the wrong order
         raise LayoutError(f"{name}: expected this machine's byte order, got {dtype.str}")
     _expect_samples(name, data, samples)
-    lengths = np.empty(samples, np.int64)
+    lengths = np.zeros(samples, np.int64)
     parts = [np.empty(0, dtype)]
-    for a in range(0, samples, SLAB):
+    for a in range(0, samples if events else 0, SLAB):
         rows = data[a : a + SLAB]
         lengths[a : a + SLAB] = [len(row) for row in rows]
         # rows never written come as float64
@@ -141,11 +146,11 @@ def _limit_memory(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def main(path: str) -> int:
+def main(path: str, *flags: str) -> int:
     """Send the file's arrays, or say on standard error why not and return BAD_FILE."""
     try:
         _limit_memory(os.path.getsize(path))
-        arrays, names = read_layout(path)
+        arrays, names = read_layout(path, "--no-events" not in flags)
     except LayoutError as error:
         print(error, file=sys.stderr)
         return BAD_FILE
@@ -158,4 +163,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))
