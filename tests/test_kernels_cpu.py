@@ -3,15 +3,17 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import pytest
 import torch
 
-from gpn_triton.kernels import cpu
-from gpn_triton.kernels.gpn_cpu import choose, gpn_backward, gpn_forward
-from gpn_triton.reference import GATES, gpn_loop, unpack_spikes
-from gpn_triton.surrogate import SURROGATES
-from tests.tolerances import TOLERANCES
+numba = pytest.importorskip("numba")
+
+from gpn_triton.kernels import cpu  # noqa: E402
+from gpn_triton.kernels.gpn_cpu import choose, gpn_backward, gpn_forward  # noqa: E402
+from gpn_triton.neurons.recurrence_torch import unpack_spikes  # noqa: E402
+from gpn_triton.neurons.reference import GATES, gpn_loop  # noqa: E402
+from gpn_triton.neurons.surrogate import SURROGATES  # noqa: E402
+from tests.tolerances import TOLERANCES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 HALF = (torch.float16, torch.bfloat16)
@@ -77,9 +79,7 @@ def check(T, B, N, variant="full", dtype=torch.float64, mean=False, every=1, sur
     # surrogate gradient; resetting where the kernel spiked
     exact = [t if t is None else t.double() for t in inputs]
     leaves = [t.requires_grad_() for t in (*exact[:4], exact[5]) if t is not None]
-    soft, v_exact = gpn_loop(
-        *exact, variant, surrogate, alpha, smooth=True, reset_mask=spikes.double()
-    )
+    soft, v_exact = gpn_loop(*exact, variant, surrogate, alpha, reset_mask=spikes.double())
     torch.autograd.backward(
         [soft.mean(0) if mean else soft, v_exact], [g_out.double(), g_v_final.double()]
     )

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # a room: its modules, and the rooms below it that it imports; `commands` is the package's folder
 ROOMS = {
     "kernels": (
-        "binning cpu gpn_backward gpn_cpu gpn_forward offline operands pointwise pointwise_cpu spikes tiles",
+        "binning cpu gpn_backward gpn_cpu gpn_forward offline operands pointwise pointwise_cpu "
+        "spikes tiles",
         "",
     ),
     "machine": ("device distributed files graphs interrupt profile provenance", ""),

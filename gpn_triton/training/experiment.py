@@ -11,7 +11,7 @@ import torch
 
 from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
-from gpn_triton.machine.device import choose_device, triton_unavailable
+from gpn_triton.machine.device import choose_backend, choose_device
 from gpn_triton.machine.distributed import World
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training import run_folder
@@ -32,10 +32,12 @@ def run_experiment(cfg: TrainConfig) -> None:
     device = choose_device(cfg.device)
     if not cfg.eval_only:
         check_trackers(cfg.track)
-    if cfg.backend == "triton" and NEURONS[cfg.neuron].is_gpn:
-        reason = triton_unavailable(torch.empty(1, device=device))
-        if reason:
-            raise ValueError(f"backend: triton cannot run: {reason}")
+    try:
+        choose_backend(
+            cfg.backend if NEURONS[cfg.neuron].is_gpn else "auto", torch.empty(1).to(device)
+        )
+    except RuntimeError as error:
+        raise ValueError(f"backend: {error}") from None
     if cfg.deterministic:
         # cuBLAS asks for this to be deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
