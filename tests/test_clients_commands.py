@@ -133,9 +133,12 @@ def test_channels_are_shifted_where_they_are_places_on_a_membrane(argv, shift, h
 
 def test_a_run_says_by_how_much_channels_are_shifted(trained, capsys):
     shutil.rmtree("runs")
-    for more, said in ([], "not"), (["--channel-shift", "3"], "by up to 3 channels"):
+    for more, said in (
+        ([], "not shifted"),
+        (["--channel-shift", "3"], "shifted by up to 3 channels"),
+    ):
         assert train.main([*OWN, *SMALL, *more]) == 0
-        line = f"training samples are shifted {said} (--channel-shift)\n"
+        line = f"training samples are {said} (--channel-shift)\n"
         assert line in capsys.readouterr().out
 
 

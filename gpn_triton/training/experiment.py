@@ -50,8 +50,8 @@ def run_experiment(cfg: TrainConfig) -> None:
         if cfg.eval_only:
             evaluate_run(cfg, Path(cfg.eval_only), splits, device, world)
             return
-        shift = f"by up to {cfg.channel_shift} channels" if cfg.channel_shift else "not"
-        world.say(f"training samples are shifted {shift} (--channel-shift)")
+        shift = cfg.channel_shift and f"shifted by up to {cfg.channel_shift} channels"
+        world.say(f"training samples are {shift or 'not shifted'} (--channel-shift)")
         made = str(run_folder.make_run_folder(cfg)) if world.is_writer and not cfg.resume else None
         run = Path(cfg.resume or world.share(made))
         try:
