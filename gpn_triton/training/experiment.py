@@ -33,9 +33,8 @@ def run_experiment(cfg: TrainConfig) -> None:
     if not cfg.eval_only:
         check_trackers(cfg.track)
     try:
-        choose_backend(
-            cfg.backend if NEURONS[cfg.neuron].is_gpn else "auto", torch.empty(1).to(device)
-        )
+        if NEURONS[cfg.neuron].is_gpn:
+            choose_backend(cfg.backend, torch.empty(1, device=device))
     except RuntimeError as error:
         raise ValueError(f"backend: {error}") from None
     if cfg.deterministic:
