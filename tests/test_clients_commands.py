@@ -14,12 +14,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from gpn_triton import predict, train
 from gpn_triton.data import datasets
 from gpn_triton.data.sources.hdf5 import read_events, write_events
-from gpn_triton.machine import files
-from gpn_triton.training import run, run_folder, trackers
+from gpn_triton.machine import device, files
+from gpn_triton.training import experiment, run, run_folder, trackers
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.parser import parse
 from tests.stores import make_store, store_of
@@ -361,3 +362,16 @@ def test_a_failed_write_names_the_file_and_not_its_temporary_name(tmp_path):
             files.write_atomically(path, write)
         assert error.value.filename == str(path)
     assert not list(tmp_path.iterdir())
+
+
+def test_threads_that_wait_for_each_other_are_said(here, capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert device.thread_slowdown(rounds=1) > 0 and torch.get_num_threads() == 2
+        for slowdown, said in ((6.0, True), (0.6, False)):
+            monkeypatch.setattr(experiment, "thread_slowdown", lambda s=slowdown: s)
+            assert train.main([*OWN, *SMALL]) == 0
+            assert ("2 threads take 6.0 times as long" in capsys.readouterr().out) == said
+    finally:
+        torch.set_num_threads(threads)

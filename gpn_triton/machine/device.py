@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import resource
+import statistics
 import timeit
 from dataclasses import dataclass
 
@@ -82,6 +83,24 @@ def _device_unavailable(kind: str, index: int | None) -> str | None:
         capability = torch.cuda.get_device_capability(index)
         return f"the GPU has compute capability {capability}; the kernels need (8, 0) or more"
     return None
+
+
+def thread_slowdown(rounds: int = 9) -> float:
+    """How many times as long a small product takes with torch's threads as with one, by medians.
+
+    Above 1 other work holds the cores and threads wait for each other. Takes some 20 ms where they
+    do not; torch's number of threads is afterwards what it was.
+    """
+    threads, a, seconds = torch.get_num_threads(), torch.ones(192, 192), {}
+    try:
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            times = timeit.repeat(lambda: torch.mm(a, a).sigmoid_(), number=4, repeat=1 + rounds)
+            # the first one starts the threads
+            seconds[count] = statistics.median(times[1:])
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[threads] / seconds[1]
 
 
 def kernel_limits() -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 
 from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
-from gpn_triton.machine.device import choose_backend, choose_device
+from gpn_triton.machine.device import choose_backend, choose_device, thread_slowdown
 from gpn_triton.machine.distributed import World
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training import run_folder
@@ -20,6 +20,9 @@ from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.run import Interrupted, Run
 from gpn_triton.training.trackers import check_trackers
+
+# threads that slow a product down so much wait for other work
+WAITING = 2.0
 
 
 def run_experiment(cfg: TrainConfig) -> None:
@@ -46,6 +49,12 @@ def run_experiment(cfg: TrainConfig) -> None:
     splits = load_splits(source)
     with World.join(device) as world:
         world.say(f"{splits.description}\n{splits.train.summary()}")
+        threads = torch.get_num_threads()
+        if device.type == "cpu" and threads > 1 and (slowdown := thread_slowdown()) > WAITING:
+            world.say(
+                f"warning: {threads} threads take {slowdown:.1f} times as long as one for a small "
+                "product, since other work holds the cores: OMP_NUM_THREADS=1 would be faster"
+            )
         if cfg.eval_only:
             evaluate_run(cfg, Path(cfg.eval_only), splits, device, world)
             return
