@@ -25,12 +25,14 @@ from gpn_triton.data.augmentation import (
     where,
 )
 from gpn_triton.data.events import DeviceEvents
-from gpn_triton.machine.device import BACKENDS, choose_backend
+from gpn_triton.machine.device import choose_backend
 from gpn_triton.neurons.event_linear import Cells
 
 # of the draws: what they depend on beside the sample and the event
 Key = Tensor | tuple[int, int]
 STYLES = ("counts", "authors")
+# there is no kernel for a CPU
+BACKENDS = ("auto", "triton", "torch")
 OVERFLOWS = ("drop", "clip")
 NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -56,7 +56,7 @@ def make_run_folder(cfg: TrainConfig) -> Path:
                     # another process may have made a run of this name just now
                     if not run.exists():
                         raise
-    except (FileExistsError, NotADirectoryError):
+    except FileExistsError:
         raise ValueError(f"out: expected a folder, {cfg.out} is a file") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
