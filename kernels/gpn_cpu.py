@@ -70,6 +70,7 @@ from gpn_triton.kernels.pointwise_cpu import (
     step,
     surrogate_derivative,
 )
+from gpn_triton.kernels.tiles import saturate
 
 
 @kernel(pointwise_cpu.__file__)
@@ -275,13 +276,6 @@ def _places(gates: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(gates.index(g) if g in gates else -1 for g in ("f", "i", "b", "theta"))
 
 
-def _storable(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """v in the dtype it is saved in, saturated instead of overflowing to infinity."""
-    if dtype == torch.float16 and v.dtype != torch.float16:
-        v = v.clamp(-65504.0, 65504.0)
-    return v.to(dtype)
-
-
 def gpn_forward(
     x: Tensor,
     weight_x: Tensor | None,
@@ -336,7 +330,7 @@ def gpn_forward(
             start, stop - start, B, N, G, every, mean, tile, block, *_places(gates),
         )  # fmt: skip
         if not direct:
-            v_c_stored.copy_(_storable(v_c, saved_dtype))
+            v_c_stored.copy_(saturate(v_c, saved_dtype))
             if not mean:
                 spikes[start:stop] = s_c
     return (counts / T if mean else spikes), v, v_saved, bits

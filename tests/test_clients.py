@@ -139,8 +139,10 @@ def test_compiled_functions_differentiate_forward():
 def test_a_backend_asked_for_by_name_does_not_fall_back_to_the_loop():
     x, *weights = case()
     for jvp in (func_jvp, raw_jvp):
-        with pytest.raises(RuntimeError, match="backend='triton' cannot run: .* no forward mode"):
-            jvp(lambda x: gpn(x.float(), *weights, backend="triton")[0], [x], [x])
+        for name in ("triton", "cpu"):
+            said = f"backend='{name}' cannot run: .* no forward mode"
+            with pytest.raises(RuntimeError, match=said):
+                jvp(lambda x, name=name: gpn(x.float(), *weights, backend=name)[0], [x], [x])
 
 
 def test_a_tangent_under_autocast_has_the_rounded_input():

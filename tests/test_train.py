@@ -261,7 +261,7 @@ def test_the_module_is_a_command_and_triton_asked_for_on_a_cpu_is_refused():
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: backend: backend='triton' cannot run: ")
+    assert line.startswith("error: backend: triton cannot run: ")
 
 
 def _bad_gradient(logits):

@@ -38,12 +38,18 @@ def choose_backend(backend: str, x: Tensor) -> str:
     """
     if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return "torch"
-    reason = cpu_unavailable(x) if backend == "cpu" else triton_unavailable(x)
-    if reason is None:
-        return "cpu" if backend == "cpu" else "triton"
     if backend == "auto":
-        return "torch"
-    raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+        return "triton" if triton_unavailable(x) is None else "torch"
+    if reason := unavailable(backend, x):
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+    return backend
+
+
+def unavailable(backend: str, x: Tensor) -> str | None:
+    """Why a backend asked for by name cannot take x, with what would help; None if it can."""
+    if backend in ("auto", "torch"):
+        return None
+    return cpu_unavailable(x) if backend == "cpu" else triton_unavailable(x)
 
 
 def cpu_unavailable(x: Tensor) -> str | None:

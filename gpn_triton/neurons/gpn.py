@@ -153,10 +153,10 @@ def _has_side(T: int) -> bool:
 
 def _loop(x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOptions):
     """The operator's spikes or their mean and v_final, by the loop that defines them."""
-    if options.backend == "triton":
+    if options.backend in ("triton", "cpu"):
         raise RuntimeError(
-            "backend='triton' cannot run: the kernels have no forward mode and no rule for "
-            "torch.func; with backend='auto' the loop of reference.py runs here"
+            f"backend={options.backend!r} cannot run: the kernels have no forward mode and no rule "
+            "for torch.func; with backend='auto' the loop of reference.py runs here"
         )
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         spikes, v_final = gpn_loop(

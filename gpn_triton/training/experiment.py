@@ -11,7 +11,7 @@ import torch
 
 from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
-from gpn_triton.machine.device import choose_backend, choose_device, thread_slowdown
+from gpn_triton.machine.device import choose_device, thread_slowdown, unavailable
 from gpn_triton.machine.distributed import World
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training import run_folder
@@ -35,11 +35,9 @@ def run_experiment(cfg: TrainConfig) -> None:
     device = choose_device(cfg.device)
     if not cfg.eval_only:
         check_trackers(cfg.track)
-    try:
-        if NEURONS[cfg.neuron].is_gpn:
-            choose_backend(cfg.backend, torch.empty(1, device=device))
-    except RuntimeError as error:
-        raise ValueError(f"backend: {error}") from None
+    reason = NEURONS[cfg.neuron].is_gpn and unavailable(cfg.backend, torch.empty(1, device=device))
+    if reason:
+        raise ValueError(f"backend: {cfg.backend} cannot run: {reason}")
     if cfg.deterministic:
         # cuBLAS asks for this to be deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,7 +48,8 @@ def run_experiment(cfg: TrainConfig) -> None:
     with World.join(device) as world:
         world.say(f"{splits.description}\n{splits.train.summary()}")
         threads = torch.get_num_threads()
-        if device.type == "cpu" and threads > 1 and (slowdown := thread_slowdown()) > WAITING:
+        asks = world.is_writer and device.type == "cpu" and threads > 1
+        if asks and (slowdown := thread_slowdown()) > WAITING:
             world.say(
                 f"warning: {threads} threads take {slowdown:.1f} times as long as one for a small "
                 "product, since other work holds the cores: OMP_NUM_THREADS=1 would be faster"
