@@ -106,16 +106,16 @@ def padded(N: int, dtype: torch.dtype) -> int:
 def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) -> dict:
     """Shared memory of the persistent kernels as {kernel: (fixed, per stage after the first)}.
 
-    Fixed are the weights, the operands of the products and a tile to reorder what is stored; a
-    stage holds every tile that a step reads. Equal to the compiler's figures for sm_80 and sm_90
-    with N a power of two, an upper bound elsewhere. In bytes, for rows of PERSISTENT_B.
+    Fixed are the weights, the operands of the products and a tile to reorder what is stored, in
+    half types two of them forward; a stage holds every tile that a step reads. Never less than
+    triton 3.7.1 takes for sm_80 and sm_90. In bytes, for rows of PERSISTENT_B.
     """
     size, G = operand_dtype(dtype).itemsize, len(gates)
     serial = G - ("theta" in gates)
     weight, tile = block(N) ** 2, PERSISTENT_B * block(N)
     # backward reads z of the serial gates, x, v, g_u, rest and a word of spikes
     return {
-        "forward": (size * (G * weight + tile), size * (G + 1) * tile),
+        "forward": (size * (G * weight + (1 + is_half(dtype)) * tile), size * (G + 1) * tile),
         "backward": (
             size * (serial * weight + (serial + 1) * tile),
             size * (serial + 4) * tile + 4 * tile,

@@ -122,6 +122,19 @@ def compile_binning(config: dict, augmented: bool, capability: int) -> list[dict
     return reports
 
 
+def most_shared(options: dict, way: str, stages: int) -> int:
+    """The shared memory that tiles.choose reckons a persistent kernel with."""
+    import torch
+
+    from gpn_triton.kernels import tiles
+    from gpn_triton.neurons.reference import GATES
+
+    gates, dtype = GATES[options.get("variant", "full")], options.get("dtype", "float16")
+    sizes = tiles.persistent_shared_bytes(options.get("N", 128), gates, getattr(torch, dtype))
+    fixed, stage = sizes[way]
+    return fixed + (stages - 1) * stage
+
+
 def compile_group(group: str) -> dict:
     """What the tests ask about a group, as JSON holds it."""
     from bench.offline import Layer, faults
@@ -130,6 +143,10 @@ def compile_group(group: str) -> dict:
     for _, capability, options in LAYERS[group]:
         plan, reports = Layer(**{"N": 128, **options, "capability": capability}).compile()
         reports = [asdict(r) | {"faults": faults(r, capability)} for r in reports]
+        for report in reports:
+            if "persistent" in report["kernel"] and report["constants"]["GATES"]:
+                way = "forward" if "forward" in report["kernel"] else "backward"
+                report["bound"] = most_shared(options, way, getattr(plan, way).num_stages)
         layers.append({"strategy": plan.strategy, "reports": reports})
     found = {"layers": layers}
     if group == "sample":
@@ -158,6 +175,7 @@ def test_no_kernel_spills_or_outgrows_the_gpu_and_every_loop_is_pipelined(group,
     assert layer["strategy"] == strategy
     for report in layer["reports"]:
         assert not report["faults"], report
+        assert report["shared_bytes"] <= report.get("bound", report["shared_bytes"]), report
     # forward and backward of the strategy, the gradient's elementwise part, and what unpacks spikes
     # for a linear layer, to which a mean leaves none
     kernels = {report["kernel"] for report in layer["reports"]}

@@ -22,6 +22,7 @@ from gpn_triton.data.sources.hdf5 import write_events
 from gpn_triton.machine import device as machine
 from gpn_triton.neurons import cost
 from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.training import run as run_module
 from gpn_triton.training import run_folder
 from tests.stores import make_store
 
@@ -386,3 +387,25 @@ def test_want_of_memory_is_one_line_with_what_may_help(files, capsys):
         assert train.main(["--resume", str(run), "--accumulate", "4"]) == 0
     finally:
         handle.remove()
+
+
+def test_a_result_is_written_before_the_device_is_measured(files, monkeypatch, capsys):
+    def full(device):
+        assert list(Path(files[-1]).rglob("result.json"))
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(run_module, "ceilings", full)
+    _, result = trained(files)
+    assert result["ceilings"] is None and result["fraction_of_floor"] is None
+    assert "no share of the floor: no memory to measure cpu with" in capsys.readouterr().out
+
+
+def test_deterministic_runs_fill_no_buffers(files):
+    # a process of its own: the choice is torch's, for the whole process
+    code = (
+        "import sys, torch; from gpn_triton import train; assert train.main(sys.argv[1:]) == 0; "
+        "assert torch.are_deterministic_algorithms_enabled(); "
+        "assert not torch.utils.deterministic.fill_uninitialized_memory"
+    )
+    command = [sys.executable, "-c", code, *files, *SMALL, "--epochs", "1", "--deterministic"]
+    subprocess.run(command, cwd=ROOT, env=THREADS, check=True, stdout=subprocess.DEVNULL)

@@ -132,11 +132,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
+# how a RuntimeError says that memory did not suffice: torch's on a CPU, a launch or a graph of CUDA,
+# Triton's launcher, cuBLAS and cuDNN, NCCL
+WANT_OF_MEMORY = (
+    "can't allocate memory", "out of memory", "cudaErrorMemoryAllocation", "STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in WANT_OF_MEMORY)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from gpn_triton.machine.device import is_out_of_memory
+
 # runs before a capture: the first compiles kernels and lets libraries and the optimiser make what
 # they keep, the second finds all of it made
 WARM_RUNS = 2
@@ -58,16 +60,27 @@ class Graphs:
         current.wait_stream(self._stream)
 
     def _capture(self, work: Callable[[], None]) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
+        graph, first = torch.cuda.CUDAGraph(), None
+        # torch's capture does not give the current stream back where its end fails
+        current = torch.cuda.current_stream(self.device)
         try:
             # other threads may go on copying meanwhile
-            with torch.cuda.graph(
-                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ),
             ):
-                work()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+                try:
+                    work()
+                except BaseException as error:
+                    first = error
+                    raise
+        except BaseException as error:
+            # the end of a broken capture raises an error of its own, which says less than the first
+            error = first or error
+            if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+                raise error from None
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(
                 f"the step cannot become a CUDA graph: {reason}; --no-graph runs it as it is"

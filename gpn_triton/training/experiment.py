@@ -42,6 +42,8 @@ def run_experiment(cfg: TrainConfig) -> None:
         # cuBLAS asks for this to be deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # else torch fills every buffer that nobody has written yet, some of them at every step
+        torch.utils.deterministic.fill_uninitialized_memory = False
     source = DataSource(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(DataSource)})
     # split with the same seed whatever the training seed, so that seeds compare like with like
     splits = load_splits(source)

@@ -287,14 +287,7 @@ class Run:
         run_folder.load_weights(self.folder / run_folder.WEIGHTS, self.model)
         # the test set is read here for the first and only time
         test = self.engine.evaluate(self._feed("test", self.splits.test))
-        # measuring the device would raise the peak
-        peak = peak_memory_mib(self.device)
         seconds = statistics.median(line.seconds for line in epochs)
-        best = ceilings(self.device)
-        floor = training_floor(
-            NEURONS[cfg.neuron].work, cfg.hidden, *network_sizes(cfg, self.splits), cfg.time_bins,
-            -(-len(self.training) // self.world.size), cfg.amp, best,
-        )  # fmt: skip
         result = {
             "test_accuracy": test.accuracy,
             "test_loss": test.loss,
@@ -305,12 +298,13 @@ class Run:
             "activity": test.activity,
             "samples_per_second": len(self.training) / seconds,
             "seconds_per_epoch": seconds,
-            "floor_seconds_per_epoch": floor,
-            "fraction_of_floor": floor and floor / seconds,
-            "ceilings": dataclasses.asdict(best),
+            "floor_seconds_per_epoch": None,
+            "fraction_of_floor": None,
+            "ceilings": None,
             "seconds": sum(line.seconds for line in epochs),
             "skipped_steps": epochs[-1].skipped_steps,
-            "peak_memory_mib": peak,
+            # read before the ceilings are measured, which would raise it
+            "peak_memory_mib": peak_memory_mib(self.device),
             "seed": self.seed,
             "processes": self.world.size,
             "device": self.header["device"],
@@ -325,8 +319,31 @@ class Run:
                     "curves.png not drawn: matplotlib is missing (pip install 'gpn-triton[plot]')"
                 )
             run_folder.write_json(self.folder / run_folder.RESULT, result)
+        self._measure(result)
         self.world.barrier()
         return result
+
+    def _measure(self, result: dict[str, Any]) -> None:
+        """Add to the result, which is safe by now, what the device could do at best."""
+        cfg = self.cfg
+        try:
+            best = ceilings(self.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.world.say(f"no share of the floor: no memory to measure {self.device} with")
+            return
+        floor = training_floor(
+            NEURONS[cfg.neuron].work, cfg.hidden, *network_sizes(cfg, self.splits), cfg.time_bins,
+            -(-len(self.training) // self.world.size), cfg.amp, best,
+        )  # fmt: skip
+        result |= {
+            "floor_seconds_per_epoch": floor,
+            "fraction_of_floor": floor and floor / result["seconds_per_epoch"],
+            "ceilings": dataclasses.asdict(best),
+        }
+        if self.world.is_writer:
+            run_folder.write_json(self.folder / run_folder.RESULT, result)
 
 
 def _describe(means: Means) -> str:
