@@ -6,6 +6,7 @@ import torch
 
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed, StreamedFeed
+from gpn_triton.machine.distributed import ALONE
 from gpn_triton.training.build import build_model
 from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
@@ -32,11 +33,11 @@ def store():
     return make_store(SAMPLES, 2, None, 100, least=0, most=39, end=1.0, empty=False, band=(50, 40))
 
 
-def small_engine(device=CPU, kind=Engine, **options):
+def small_engine(device=CPU, kind=Engine, world=ALONE, **options):
     """An engine of a kind for the small set; the same network each time."""
     torch.manual_seed(0)
     cfg = TrainConfig(**{**SMALL, **options})
-    net = kind(cfg, build_model(cfg, 100, 2).to(device).train(), device)
+    net = kind(cfg, build_model(cfg, 100, 2).to(device).train(), device, world)
     with torch.no_grad():
         # as drawn the neurons hardly spike
         for parameter in net.model.inputs[0].parameters():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, contest, gpu, measure, report, subjects
+from bench import cases, contest, gpu, measure, report, scaling, subjects
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -158,3 +158,10 @@ def test_gpu_command_runs_at_tiny_sizes_and_records_what_it_measured(tmp_path):
     subprocess.run([*command, "--parts", "steps"], cwd=ROOT, check=True)
     found = report.records(report.read(tmp_path / "gpu-steps.json"))
     assert {r["subject"] for r in found} >= {"gpn-persistent", "gpn-stepwise", "lstm"}
+
+
+def test_the_page_on_scaling_holds_the_computed_table():
+    assert scaling.table() in (ROOT / "docs" / "scaling.md").read_text()
+    # one process passes nothing on, two pass on the whole buffer once
+    assert scaling.ring_seconds(1000, 1, 1e9, 1e-6) == 0
+    assert scaling.ring_seconds(1000, 2, 1e9, 0) == pytest.approx(1e-6)

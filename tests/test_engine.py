@@ -107,6 +107,44 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole_and_holds_no_more_than_i
     assert max(sizes) == math.ceil(BATCH / accumulate)
 
 
+class Mirrored(World):
+    """Of two processes the first, where the second computes the same as this one."""
+
+    def part(self, indices):
+        return indices, 0, 1
+
+    def add_up(self, tensor):
+        return tensor.mul_(2)
+
+    def align(self, tensors):
+        pass
+
+
+@pytest.mark.parametrize("options", [{}, {"amp": "fp16", "accumulate": 2}, {"neuron": "cnn"}])
+def test_several_processes_replay_what_they_compute_without_graphs(options):
+    found = []
+    for kind in (RecordedGraphs, None):
+        net = small_engine(kind=OneOperation, world=Mirrored(0, 2), **options)
+        if kind:
+            net.graphs = kind(CPU)
+        found.append(train(net))
+        assert not any(p.grad is not None for p in net.model.parameters())
+        if kind:
+            # whole and short batches of training and evaluation, and the update; what is added up
+            # lies apart
+            assert net.graphs.captures == (4 if "accumulate" in options else 5)
+            assert net.graphs.replays > 3 * EPOCHS
+            updated = [p.clone() for p in net.model.parameters()]
+    assert found[0] == found[1]
+    assert all(map(torch.equal, updated, net.model.parameters()))
+    # twice the gradient of half the mean: as one process
+    if options == {}:
+        alone = [line[-2:] for line in train(small_engine(kind=OneOperation, clip_grad=None))]
+        both = small_engine(kind=OneOperation, clip_grad=None, world=Mirrored(0, 2))
+        assert both.exchange.count == len(list(both.model.parameters()))
+        same([line[-2:] for line in train(both)], alone, 0.05)
+
+
 def test_streamed_events_give_the_losses_of_resident_ones():
     assert train(small_engine(), streamed) == train(small_engine())
 

@@ -132,8 +132,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-# how a RuntimeError says that memory did not suffice: torch's on a CPU, a launch or a graph of CUDA,
-# Triton's launcher, cuBLAS and cuDNN, NCCL
+# how a RuntimeError says that memory did not suffice: torch's on a CPU, a launch or a graph of
+# CUDA's, Triton's launcher, cuBLAS and cuDNN
 WANT_OF_MEMORY = (
     "can't allocate memory", "out of memory", "cudaErrorMemoryAllocation", "STATUS_ALLOC_FAILED",
 )  # fmt: skip

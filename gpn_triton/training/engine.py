@@ -1,6 +1,7 @@
 """A network in training: batches of sample numbers in, updated weights and running totals out."""
 
 import functools
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import batch_input
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
-from gpn_triton.machine.distributed import ALONE, World
+from gpn_triton.machine.distributed import ALONE, Exchange, World
 from gpn_triton.machine.graphs import Graphs
 from gpn_triton.neurons.event_linear import Cells
 from gpn_triton.neurons.networks import NEURONS, Draws, SpikingClassifier
@@ -30,9 +31,11 @@ class Engine:
     """A network with its optimiser, schedule and scaler.
 
     A training step is device work from the draw of the batch's samples to the running totals; on a
-    GPU it is captured (see graphs.Graphs), unless several processes train together. Where the loss
-    or a gradient is not finite the update is left out on the device, without waiting for it, and
-    `check` tells of it; under fp16 the scaler does so, and only the loss counts.
+    GPU it is captured (see graphs.Graphs). Of several processes the gradients and the update are
+    two captures, between which one collective adds up all gradients: PyTorch's own data parallelism
+    would need its hooks in the capture, and a collective a bucket. Where the loss or a gradient is
+    not finite the update is left out on the device, without waiting for it, and `check` tells of
+    it; under fp16 the scaler does so, and only the loss counts.
 
     Args:
         cfg: the configuration. model: on `device` already. device: where everything happens.
@@ -47,13 +50,14 @@ class Engine:
     ):
         self.cfg, self.model, self.device, self.world = cfg, model, device, world
         self.amp, cuda = AMP[cfg.amp], device.type == "cuda"
-        self.graphs = Graphs(device, cuda and not cfg.no_graph and world.size == 1)
+        self.graphs = Graphs(device, cuda and not cfg.no_graph)
         self.schedule = Schedule(cfg)
-        # numbers that change from step to step live on the device, where a replay finds them
-        self.lr = torch.tensor(self.schedule.rate, device=device)
-        self.warm_rate = torch.zeros((), dtype=torch.float64, device=device)
-        self.warm_steps = torch.ones((), dtype=torch.float64, device=device)
-        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        # numbers that change from step to step live on the device, where a replay finds them: an
+        # epoch's learning rates, and which of them is next
+        self.rate = torch.full((1,), self.schedule.rate, device=device)
+        self.lr = self.rate.view(())
+        self.rates: dict[int, Tensor] = {}
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
         self.totals = blank_totals(len(cfg.hidden), device)
         self.evaluated = blank_totals(len(cfg.hidden), device)
@@ -64,15 +68,16 @@ class Engine:
         self.binning = build_binning(cfg)
         self.augmentation = build_augmentation(cfg)
         self.parameter_names = [name for name, _ in model.named_parameters()]
-        # how many steps were left out; of the last of them the loss, and whose gradients were bad
+        # how many steps were left out; of the last of them the loss and the gradients' norms, but
+        # under fp16 the loss alone
         self.bad_steps = torch.zeros((), dtype=torch.float64, device=device)
-        self.bad_loss = torch.zeros((), device=device)
-        self.bad_parameters = torch.zeros(len(self.parameter_names), device=device)
+        watched = 1 + len(self.parameter_names) * (not self.scaler.is_enabled())
+        self.bad = torch.zeros(watched, device=device)
 
     @functools.cached_property
-    def trained(self) -> nn.Module:
-        """The model as training calls it; made at the first step, as the processes then talk."""
-        return self.world.wrap(self.model)
+    def exchange(self) -> Exchange:
+        """What several processes add up; made at the first step, as they then talk."""
+        return Exchange(self.model, self.world)
 
     def _forward(
         self, model: nn.Module, events: DeviceEvents, indices: Tensor,
@@ -110,9 +115,11 @@ class Engine:
         feed.start(order, min(step * size, len(feed)), size)
         steps = -(-len(feed) // size)
         self.key.copy_(torch.tensor([seed, epoch]))
-        self.warm_rate.fill_(self.schedule.rate)
-        self.warm_steps.fill_(self.schedule.warm_steps(steps))
-        self.steps.fill_(epoch * steps + step)
+        rates = self.schedule.rates(epoch, steps)
+        # a graph reads the tensor it was made with, so that a set of another size has another
+        self.rates.setdefault(steps, self.rate.new_zeros(steps)).copy_(rates)
+        self.steps = steps
+        self.step.fill_(step)
 
     def train_step(self, feed: Feed, size: int) -> None:
         """Update the network on the feed's next samples.
@@ -121,57 +128,65 @@ class Engine:
             feed: the training samples, after start_epoch. size: how many, on all processes.
         """
         feed.ahead(size)
-        self.graphs.run(("train", feed, size), lambda: self._train(feed, size))
+        if self.world.size == 1:
+            work = lambda: self._update(self._backward(feed, size))  # noqa: E731
+            self.graphs.run(("train", feed, size), work)
+        else:
+            exchange = self.exchange
+            work = lambda: exchange.gather(self._backward(feed, size))  # noqa: E731
+            self.graphs.run(("train", feed, size), work)
+            exchange.add_up()
+            self.graphs.run(("update", self.steps), lambda: self._update(exchange.scatter()))
 
-    def _train(self, feed: Feed, size: int) -> None:
+    def _backward(self, feed: Feed, size: int) -> Tensor:
+        """Leave the gradients of the batch's mean loss in the parameters; returns the loss.
+
+        Both are this process's share, and the sum over processes the whole.
+        """
         share, first, weight = self.world.part(feed.batch(size))
         draws = self.model.draw(size)
-        mean_loss, count = torch.zeros((), device=self.device), len(share)
+        losses, count = [], len(share)
         parts = min(self.cfg.accumulate, count)
         edges = [count * k // parts for k in range(parts + 1)]
         for a, b in pairwise(edges):
             rows = [drawn.part(first + a, first + b) for drawn in draws]
-            with self.world.apart(self.trained, b < count):
-                loss, totals = self._forward(
-                    self.trained, feed.events, share[a:b], rows, weight, self.augmentation
-                )
-                # the processes' gradients are averaged, so that they are those of the batch's mean
-                loss = loss * (self.world.size / size)
-                with record_function("backward"):
-                    self.scaler.scale(loss).backward()
-            mean_loss += loss.detach()
+            loss, totals = self._forward(
+                self.model, feed.events, share[a:b], rows, weight, self.augmentation
+            )
+            loss = loss * (1 / size)
+            with record_function("backward"):
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
             self.totals += totals
-        with record_function("update"):
-            self._update(mean_loss)
+        return functools.reduce(torch.add, losses)
 
+    @record_function("update")
     def _update(self, mean_loss: Tensor) -> None:
         """Change the weights by the gradients that are there, and let go of these."""
         if self.cfg.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
         self._watch(mean_loss)
-        self.steps += 1
-        self.lr.copy_(self.warm_rate * (self.steps / self.warm_steps).clamp(max=1))
+        torch.index_select(self.rates[self.steps], 0, self.step, out=self.rate)
+        self.step.add_(1).clamp_(max=self.steps - 1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _watch(self, loss: Tensor) -> None:
         """Leave the coming update out where a number is not finite, and remember it."""
-        bad_loss = self.world.sum((~loss.isfinite()).float())
-        bad_parameters = torch.zeros_like(self.bad_parameters)
+        watched = [loss]
         if not self.scaler.is_enabled():
-            gradients = [p.grad for p in self.model.parameters()]
             # a norm is finite where every element is, but for overflow, which is no less bad
-            norms = torch.stack(torch._foreach_norm(gradients))
-            bad_parameters = (~norms.isfinite()).float()
-        bad = ((bad_loss + bad_parameters.sum()) > 0).float()
+            watched += torch._foreach_norm([p.grad for p in self.model.parameters()])
+        watched = torch.stack(watched)
+        # times 0 what is finite is 0, and what is not NaN
+        bad = (watched * 0).sum() != 0
+        torch.where(bad, watched, self.bad, out=self.bad)
+        self.bad_steps += bad
         if not self.scaler.is_enabled():
             # fused optimisers skip the update where this is 1
-            self.optimizer.found_inf = bad
-        self.bad_steps += bad
-        self.bad_loss.copy_(torch.where(bad > 0, loss, self.bad_loss))
-        self.bad_parameters.copy_(torch.where(bad > 0, bad_parameters, self.bad_parameters))
+            self.optimizer.found_inf = bad.float()
 
     def check(self, where: str) -> int:
         """How many steps were left out because a number was not finite; waits for the device.
@@ -183,10 +198,11 @@ class Engine:
         """
         bad_steps = int(self.bad_steps)
         if bad_steps and not self.cfg.skip_nonfinite:
-            found = zip(self.parameter_names, self.bad_parameters.tolist(), strict=True)
-            names = [name for name, bad in found if bad]
+            loss, *norms = self.bad.tolist()
+            found = zip(self.parameter_names, norms, strict=False)
+            names = [name for name, norm in found if not math.isfinite(norm)]
             gradients = f"gradients not finite in {', '.join(names)}" if names else ""
-            raise NonFiniteError(f"{where}: loss {float(self.bad_loss):.4g} {gradients}".strip())
+            raise NonFiniteError(f"{where}: loss {loss:.4g} {gradients}".strip())
         return bad_steps
 
     @torch.no_grad()

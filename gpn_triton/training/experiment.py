@@ -11,8 +11,8 @@ import torch
 
 from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
-from gpn_triton.machine.device import choose_device, thread_slowdown, unavailable
-from gpn_triton.machine.distributed import World
+from gpn_triton.machine.device import thread_slowdown, unavailable
+from gpn_triton.machine.distributed import World, own_device, restarted
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training import run_folder
 from gpn_triton.training.build import build_network
@@ -32,7 +32,7 @@ def run_experiment(cfg: TrainConfig) -> None:
         Interrupted: after SIGTERM or Ctrl-C, with everything needed to go on saved.
         ValueError, OSError, MemoryError, NonFiniteError: one line says what is wrong.
     """
-    device = choose_device(cfg.device)
+    device = own_device(cfg.device)
     if not cfg.eval_only:
         check_trackers(cfg.track)
     reason = NEURONS[cfg.neuron].is_gpn and unavailable(cfg.backend, torch.empty(1, device=device))
@@ -61,7 +61,7 @@ def run_experiment(cfg: TrainConfig) -> None:
             return
         shift = cfg.channel_shift and f"shifted by up to {cfg.channel_shift} channels"
         world.say(f"training samples are {shift or 'not shifted'} (--channel-shift)")
-        made = str(run_folder.make_run_folder(cfg)) if world.is_writer and not cfg.resume else None
+        made = str(_begin(cfg)) if world.is_writer and not cfg.resume else None
         run = Path(cfg.resume or world.share(made))
         try:
             results = train_seeds(cfg, run, splits, device, world)
@@ -74,6 +74,12 @@ def run_experiment(cfg: TrainConfig) -> None:
                 raise KeyboardInterrupt(run_folder.how_to_go_on(run)) from None
             raise
         world.say(_summary(cfg, results, run))
+
+
+def _begin(cfg: TrainConfig) -> Path:
+    """A new run's folder; where torchrun has started again what failed, the unfinished one's."""
+    there = run_folder.unfinished_like(cfg) if restarted() else None
+    return there or run_folder.make_run_folder(cfg)
 
 
 def evaluate_run(

@@ -32,6 +32,9 @@ from gpn_triton.training.options import RESULT_OPTIONS, TrainConfig, difference
 from gpn_triton.training.trackers import Trackers
 
 LOG_SECONDS = 0.5
+# several processes ask each other so seldom whether one of them shall stop: the question waits for
+# the slowest, and a step takes milliseconds
+ASK_STEPS = 16
 
 
 class Interrupted(Exception):
@@ -212,7 +215,9 @@ class Run:
                 if due:
                     bar.set_postfix_str(_describe(means(engine.totals)))
                     shown = time.perf_counter()
-                if stop := self.world.any(interruption.signal or 0):
+                last = first + batch >= samples
+                asks = self.world.size == 1 or progress["step"] % ASK_STEPS == 0 or last
+                if asks and (stop := self.world.any(interruption.signal or 0)):
                     bar.close()
                     progress["seconds"] += time.perf_counter() - started
                     self._save()

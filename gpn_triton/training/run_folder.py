@@ -93,6 +93,15 @@ def newest(out: str | Path, finished: bool, argument: str) -> Path:
     return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime)
 
 
+def unfinished_like(cfg: TrainConfig) -> Path | None:
+    """The newest unfinished run folder under cfg.out that has these very options, if there is."""
+    try:
+        run = newest(cfg.out, False, "out")
+    except FileNotFoundError:
+        return None
+    return run if read_options(run) == cfg.to_dict() else None
+
+
 def remove_leftovers(run: Path) -> None:
     """Remove the temporary files that a process killed while writing left in a run folder."""
     for name in (CHECKPOINTS, WEIGHTS, METRICS, RESULT, CURVES, PROFILE, TRACE):

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpn_triton.training.options import TrainConfig
 
@@ -42,6 +43,11 @@ class Schedule:
     def warm_steps(self, steps: int) -> int:
         """The step, counted from 1 over all epochs of `steps` each, that is the first warm one."""
         return self.cfg.warmup_epochs * steps + 1
+
+    def rates(self, epoch: int, steps: int) -> Tensor:
+        """The learning rate of each of an epoch's steps [steps] float64; epoch: from 0."""
+        done = torch.arange(epoch * steps + 1, (epoch + 1) * steps + 1, dtype=torch.float64)
+        return self.rate * (done / self.warm_steps(steps)).clamp(max=1)
 
     def end_epoch(self, epoch: int, train_loss: float) -> None:
         """Go on to the next epoch; `epoch` is the one that ended, from 0, with its mean loss."""
