@@ -102,7 +102,7 @@ def same_bits(run, whole):
     )
 
 
-def test_a_killed_process_ends_the_other_with_one_line_and_the_run_goes_on(flags, whole, tmp_path):
+def test_a_killed_process_ends_the_other_with_one_line(flags, tmp_path):
     command, options = flags
     writer, other = start_two(command, *options, "--out", str(tmp_path))
     for line in writer.stdout:
@@ -116,10 +116,6 @@ def test_a_killed_process_ends_the_other_with_one_line_and_the_run_goes_on(flags
     assert len(lines) == 1 and "Traceback" not in error, error
     assert re.match("error: process 1 of 2 has shown no sign of life for 3 s", lines[0])
     other.communicate()
-    run = next(tmp_path.iterdir())
-    for process in start_two(command, "--resume", "auto", "--out", str(tmp_path)):
-        assert process.communicate(timeout=120) and process.returncode == 0
-    assert same_bits(run, whole)
 
 
 def test_torchrun_starts_again_what_was_killed_and_the_run_goes_on(flags, whole, tmp_path):

@@ -32,7 +32,11 @@ def several() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun has started the processes again, after some of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _starts() > 0
+
+
+def _starts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def own_device(name: str) -> torch.device:
@@ -100,6 +104,8 @@ class World:
             return
         cuda = device.type == "cuda"
         store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives those it starts again
+        store = dist.PrefixStore(f"start-{_starts()}", store)
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=dist.PrefixStore("groups", store), rank=rank,
             world_size=size, device_id=device if cuda else None,
