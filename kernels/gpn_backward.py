@@ -41,6 +41,7 @@ from gpn_triton.kernels.operands import (
     TL_DTYPES,
     add_product,
     cast,
+    cast_together,
     layer_constants,
     load_gate,
     load_spikes,
@@ -276,12 +277,10 @@ def gpn_backward(
     x, v_reset, bits = x.contiguous(), v_reset.contiguous(), bits.contiguous()
     operand, gradient = v_saved.dtype, gradient_dtype(x.dtype)
     # forward's operands make z again; what multiplies g_z has its dtype
-    weight_x_z, weight_v_z, bias_z = (cast(w, operand) for w in (weight_x, weight_v, bias))
-    weight_x_g, weight_v_g = cast(weight_x, gradient), cast(weight_v, gradient)
-    g_weight_x, g_weight_v, g_bias = (
-        None if w is None else torch.zeros_like(w, memory_format=torch.contiguous_format)
-        for w in (weight_x, weight_v, bias)
+    (weight_x_z, weight_v_z, bias_z), (weight_x_g, weight_v_g, _) = cast_together(
+        (weight_x, weight_v, bias), operand, gradient
     )
+    g_weights = None
     if g_out is None:
         # the mean's cotangent is the small one: [B, N] of zeros serves either output
         g_out, g_per_step = torch.zeros_like(v_reset), True
@@ -292,6 +291,7 @@ def gpn_backward(
     else:
         g_v = g_v_final.to(torch.float32).clone(memory_format=torch.contiguous_format)
     g_x = torch.empty_like(x)
+    in_place = x.dtype == gradient
     constants = layer_constants(N, x.dtype, gates)
     serial = sum(gate != "theta" for gate in gates) * N
     blocks = elementwise_blocks(N)
@@ -309,7 +309,7 @@ def gpn_backward(
                 v_saved, x, bits, z, weight_v_z, v_reset, gates, start, stop, every, plan
             )
         g_u = x.new_empty(steps, B, N, dtype=gradient)
-        g_x_direct = torch.empty_like(g_u)
+        g_x_direct = g_x[start:stop] if in_place else torch.empty_like(g_u)
         g_z, rest = g_u, g_u
         if G:
             z.view(steps * B, -1).addmm_(v.view(steps * B, N), weight_v_z.t())
@@ -329,13 +329,19 @@ def gpn_backward(
         )  # fmt: skip
         g_x_rows = g_x_direct.view(steps * B, N)
         if G:
-            g_weight_v += _float32_product(g_z_rows.t(), cast(v, gradient).view(steps * B, N))
-            x_rows = cast(x[start:stop], gradient).view(steps * B, N)
-            g_weight_x += _float32_product(g_z_rows.t(), x_rows)
-            g_bias += g_z_rows.sum(0, dtype=torch.float32)
+            x_rows, v_rows = (cast(a, gradient).view(steps * B, N) for a in (x[start:stop], v))
+            chunk = (
+                _float32_product(g_z_rows.t(), x_rows),
+                _float32_product(g_z_rows.t(), v_rows),
+                g_z_rows.sum(0, dtype=torch.float32),
+            )
+            if g_weights is not None:
+                torch._foreach_add_(chunk, g_weights)
+            g_weights = chunk
             g_x_rows.addmm_(g_z_rows, weight_x_g)
-        g_x[start:stop] = g_x_direct
-    return g_x, g_weight_x, g_weight_v, g_bias, g_v
+        if not in_place:
+            g_x[start:stop] = g_x_direct
+    return g_x, *(g_weights or (None,) * 3), g_v
 
 
 def _persistent(tensors: tuple, start: int, steps: int, B: int, plan: Plan, constants: dict):

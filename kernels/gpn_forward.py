@@ -35,6 +35,7 @@ from gpn_triton.kernels.operands import (
     WORD,
     add_product,
     cast,
+    cast_together,
     layer_constants,
     load_gate,
     load_spikes,
@@ -50,7 +51,7 @@ from gpn_triton.kernels.pointwise import cell, next_v
 
 @triton.jit(do_not_specialize=["start", "stop", "T", "B", "every"])
 def gpn_forward_persistent_kernel(
-    zx_ptr, x_ptr, weight_v_ptr, v_reset_ptr,
+    zx_ptr, x_ptr, weight_v_ptr, v_reset_ptr, v_in_ptr,
     v_ptr, v_saved_ptr, spikes_ptr, bits_ptr, counts_ptr,
     start, stop, T, B, every,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
@@ -58,7 +59,10 @@ def gpn_forward_persistent_kernel(
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Steps start..stop - 1. DEPTH is G N. In a replay v_saved_ptr is v [stop - start, B, N]."""
+    """Steps start..stop - 1 from v_in [B, N] to v [B, N]. DEPTH is G N.
+
+    In a replay v_saved_ptr is v [stop - start, B, N].
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = tl.arange(0, BLOCK_B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -84,9 +88,13 @@ def gpn_forward_persistent_kernel(
         v_row = (t_first - start).to(tl.int64) * B + first
         v = tl.load(v_saved_ptr + v_row * N + offs, mask=mask, other=0.0).to(tl.float32)
     else:
-        v = tl.load(v_ptr + first * N + offs, mask=mask, other=0.0)
+        v = tl.load(v_in_ptr + first * N + offs, mask=mask, other=0.0)
+        if SAVE:
+            tl.store(
+                v_saved_ptr + first * N + offs, to_operand(v, OPERAND), mask=mask & (start == 0)
+            )
         if MEAN:
-            count = tl.load(counts_ptr + first * N + offs, mask=mask, other=0.0)
+            count = tl.load(counts_ptr + first * N + offs, mask=mask & (start > 0), other=0.0)
 
     # addresses made from t, not bumped from step to step, let the compiler load steps ahead
     rows_per_step = B.to(tl.int64)
@@ -135,6 +143,7 @@ def gpn_forward_persistent_kernel(
     if not REPLAY:
         tl.store(v_ptr + first * N + offs, v, mask=mask)
         if MEAN:
+            count = tl.where(stop == T, tl.div_rn(count, T.to(tl.float32)), count)
             tl.store(counts_ptr + first * N + offs, count, mask=mask)
 
 
@@ -161,11 +170,11 @@ def _products(
     return z_f, z_i, z_b, z_theta
 
 
-@triton.jit(do_not_specialize=["t", "zx_row", "in_row", "out_row", "B", "every"])
+@triton.jit(do_not_specialize=["t", "zx_row", "in_row", "out_row", "T", "B", "every"])
 def gpn_forward_stepwise_kernel(
     zx_ptr, x_ptr, weight_x_ptr, bias_ptr, weight_v_ptr, v_reset_ptr, v_in_ptr,
-    v_ptr, v_out_ptr, spikes_ptr, bits_ptr, counts_ptr,
-    t, zx_row, in_row, out_row, B, every,
+    state_ptr, v_ptr, v_out_ptr, spikes_ptr, bits_ptr, counts_ptr,
+    t, zx_row, in_row, out_row, T, B, every,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, HOIST: tl.constexpr,
     MEAN: tl.constexpr, SAVE: tl.constexpr, REPLAY: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -173,7 +182,8 @@ def gpn_forward_stepwise_kernel(
 ):  # fmt: skip
     """Step t: v[t] is read whole from row in_row of v_in, v[t+1] written to row out_row of v_out.
 
-    v_ptr [segments, B, N] float32 is the state, read and written by the tile's owner alone.
+    v_ptr [segments, B, N] float32 is the state, written by the tile's owner alone and read by it at
+    state_ptr, the same but at the first step.
     """
     segment = tl.program_id(2)
     t += segment * every
@@ -213,7 +223,7 @@ def gpn_forward_stepwise_kernel(
     x = tl.load(x_t + offs, mask=mask, other=0.0).to(tl.float32)
     v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
     own = (segment * rows_per_step + first) * N
-    v = tl.load(v_ptr + own + offs, mask=mask, other=0.0)
+    v = tl.load(state_ptr + own + offs, mask=mask, other=0.0)
     h, theta = cell(z_f, z_i, z_theta, v, x, GATES, FAST)
     if REPLAY:
         s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
@@ -225,8 +235,10 @@ def gpn_forward_stepwise_kernel(
     tl.store(v_out_ptr + out + offs, to_operand(v, OPERAND), mask=mask)
     if not REPLAY:
         if MEAN:
-            count = tl.load(counts_ptr + first * N + offs, mask=mask, other=0.0)
-            tl.store(counts_ptr + first * N + offs, count + s.to(tl.float32), mask=mask)
+            count = tl.load(counts_ptr + first * N + offs, mask=mask & (t > 0), other=0.0)
+            count += s.to(tl.float32)
+            count = tl.where(t + 1 == T, tl.div_rn(count, T.to(tl.float32)), count)
+            tl.store(counts_ptr + first * N + offs, count, mask=mask)
         else:
             s_t = spikes_ptr + (t * rows_per_step + first) * N
             tl.store(s_t + offs, s.to(spikes_ptr.dtype.element_ty), mask=mask)
@@ -265,18 +277,17 @@ def gpn_forward(
         return tuple(resize(a, N) for a in results)
     x, v_reset = x.contiguous(), v_reset.contiguous()
     operand = tiles.operand_dtype(x.dtype)
-    weight_x, weight_v, bias = (cast(w, operand) for w in (weight_x, weight_v, bias))
-    v = v0.clone(memory_format=torch.contiguous_format)
+    ((weight_x, weight_v, bias),) = cast_together((weight_x, weight_v, bias), operand)
+    v0 = v0.contiguous()
+    v = torch.empty_like(v0)
     v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=operand)
     bits = x.new_empty((-(-T // tiles.WORD) if every else 0, B, N), dtype=torch.int32)
-    counts = torch.zeros_like(v) if mean else v
+    counts = torch.empty_like(v) if mean else v
     spikes = x if mean else torch.empty_like(x)
-    if every:
-        v_saved[0] = cast(v0, operand)
     outputs = (v, v_saved, spikes, bits, counts)
     run = _persistent if plan.strategy == "persistent" else _stepwise
-    run(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan)
-    return (counts / T if mean else spikes), v, v_saved, bits
+    run(x, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan)
+    return (counts if mean else spikes), v, v_saved, bits
 
 
 def _constants(x: Tensor, gates: tuple[str, ...], plan: tiles.Plan) -> tuple[tuple, dict]:
@@ -288,26 +299,27 @@ def _constants(x: Tensor, gates: tuple[str, ...], plan: tiles.Plan) -> tuple[tup
     return grid, dict(constants, OPERAND=operand, PRECISION=plan.precision)
 
 
-def _persistent(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan) -> None:
+def _persistent(x, weight_x, weight_v, bias, v_reset, v, outputs, gates, every, mean, plan) -> None:
     T, B, _ = x.shape
     grid, constants = _constants(x, gates, plan)
     for start in range(0, T, plan.forward_steps):
         stop = min(T, start + plan.forward_steps)
         zx = project(x[start:stop], weight_x, bias)
         gpn_forward_persistent_kernel[(*grid, 1)](
-            zx, x, weight_v, v_reset, *outputs, start, stop, T, B, max(1, every),
+            zx, x, weight_v, v_reset, v, *outputs, start, stop, T, B, max(1, every),
             MEAN=mean, SAVE=every > 0, REPLAY=False, **constants,
         )  # fmt: skip
+        v = outputs[0]
 
 
-def _stepwise(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean, plan) -> None:
+def _stepwise(x, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan) -> None:
     T, B, N = x.shape
     grid, constants = _constants(x, gates, plan)
     v, v_saved, *others = outputs
     # v[t] is read whole by every program of step t: where it is not saved it goes through two rows
     pair = x.new_empty((2, B, N), dtype=v_saved.dtype)
-    pair[0] = cast(v, v_saved.dtype)
-    source, in_row = pair, 0
+    source, in_row = (v_saved if every else pair), 0
+    source[0] = cast(v0, v_saved.dtype)
     for t in range(T):
         chunk_row = t % plan.forward_steps
         if chunk_row == 0 and plan.hoist:
@@ -318,7 +330,7 @@ def _stepwise(x, weight_x, weight_v, bias, v_reset, outputs, gates, every, mean,
             target, out_row = pair, (t + 1) % 2
         gpn_forward_stepwise_kernel[(*grid, 1)](
             zx if plan.hoist else x, x, weight_x, bias, weight_v, v_reset, source,
-            v, target, *others, t, chunk_row, in_row, out_row, B, 0,
+            v if t else v0, v, target, *others, t, chunk_row, in_row, out_row, T, B, 0,
             HOIST=plan.hoist, MEAN=mean, SAVE=every > 0, REPLAY=False,
             BLOCK_K=plan.forward.BLOCK_K, **constants,
         )  # fmt: skip
@@ -359,7 +371,7 @@ def recurrence_replay(
     constants |= dict(MEAN=False, SAVE=True, REPLAY=True)
     if plan.strategy == "persistent":
         gpn_forward_persistent_kernel[(*grid, triton.cdiv(steps, every))](
-            zx, x, weight_v, v_reset, v_reset, v, x, bits, v_reset,
+            zx, x, weight_v, v_reset, v_reset, v_reset, v, x, bits, v_reset,
             start, stop, stop, B, every, **constants,
         )  # fmt: skip
         return v
@@ -368,8 +380,8 @@ def recurrence_replay(
         segments = triton.cdiv(steps - 1 - j, every)
         gpn_forward_stepwise_kernel[(*grid, segments)](
             zx, x, weight_v, zx, weight_v, v_reset, v,
-            state, v, x, bits, v_reset,
-            start + j, j, j, j + 1, B, every,
+            state, state, v, x, bits, v_reset,
+            start + j, j, j, j + 1, stop, B, every,
             HOIST=True, BLOCK_K=plan.forward.BLOCK_K, **constants,
         )  # fmt: skip
     return v

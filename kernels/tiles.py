@@ -123,6 +123,10 @@ def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) 
     }
 
 
+# elements of a program that casts operands: 8 a thread of 4 warps. unmeasured
+CAST_BLOCK = 1024
+
+
 def elementwise_blocks(N: int) -> dict[str, int]:
     """Blocks of the elementwise kernel: 1024 elements, 8 a thread of 4 warps. unmeasured"""
     BLOCK_N = min(block(N), 128)

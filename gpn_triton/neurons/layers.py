@@ -198,7 +198,8 @@ class HeldDropout(nn.Module):
         """A sequence's mask [batch, neurons] of like's dtype and device; None in evaluation."""
         if not self.training or self.p == 0:
             return None
-        return nn.functional.dropout(like.new_ones(batch, neurons), self.p)
+        # dropout of ones, whose draws these are, in two passes instead of four
+        return like.new_empty(batch, neurons).bernoulli_(1 - self.p).div_(1 - self.p)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [T, B, N] or [B, N] -> the same shape, under the mask [B, N] or one drawn now."""

@@ -82,11 +82,12 @@ def loss_and_totals(
     Returns:
         the cross-entropy's sum over samples; the addition [3 + layers], in blank_totals' order.
     """
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum") * weight
-    correct = (logits.argmax(1) == labels).sum() * weight
-    samples = weight * len(labels)
-    totals = torch.stack([loss.detach(), correct, torch.full_like(correct, samples)])
-    return loss, torch.cat([totals, activity * samples])
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    correct = (logits.argmax(1) == labels).sum(dtype=loss.dtype)
+    ones = activity.new_full((1,), len(labels))
+    totals = torch.cat([loss.detach()[None], correct[None], ones, activity * len(labels)])
+    return (loss, totals) if weight else (loss * 0, totals * 0)
 
 
 def means(totals: Tensor) -> Means:
