@@ -264,6 +264,12 @@ def weight_gradient_kernel(
             bias[m] = 0
 
 
+def is_compiled(kernel) -> bool:
+    """Whether this process or this machine's cache holds the kernel, if of an older program."""
+    file = getattr(kernel._cache, "_cache_file", None)
+    return bool(kernel.signatures) or (file is not None and os.path.exists(file._index_path))
+
+
 def flat(a: Tensor | None, like: Tensor) -> np.ndarray:
     """The tensor's memory as one long array."""
     return (like.new_empty(0) if a is None else a.contiguous()).detach().numpy().reshape(-1)
