@@ -128,6 +128,7 @@ def steps(
 
         def run(count: int) -> None:
             feed.start(order, 0, case.B)
+            trainer.step.zero_()
             for _ in range(count):
                 trainer.train_step(feed, case.B)
 

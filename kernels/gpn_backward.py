@@ -40,7 +40,6 @@ from gpn_triton.kernels.gpn_forward import recurrence_replay
 from gpn_triton.kernels.operands import (
     TL_DTYPES,
     add_product,
-    cast,
     cast_together,
     layer_constants,
     load_gate,
@@ -59,12 +58,16 @@ from gpn_triton.kernels.tiles import Plan, elementwise_blocks, gradient_dtype, i
 
 @triton.jit(do_not_specialize=["start", "steps", "B"])
 def recurrence_gradient_kernel(
-    z_ptr, x_ptr, v_ptr, g_s_ptr, g_u_ptr, g_z_ptr,
+    z_ptr, x_ptr, v_ptr, g_s_ptr, g_u_ptr, g_z_ptr, v_copy_ptr,
     start, steps, B, alpha, scale,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, SURROGATE: tl.constexpr,
-    MEAN: tl.constexpr, FAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    MEAN: tl.constexpr, COPY: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g_u [steps, B, N] and g_z_theta of a chunk from scale g_s, [T, B, N] or [B, N] if MEAN."""
+    """g_u [steps, B, N] and g_z_theta of a chunk from scale g_s, [T, B, N] or [B, N] if MEAN.
+
+    COPY: v is written to v_copy, which has g_z's dtype.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     rows = tl.arange(0, BLOCK_R)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -80,6 +83,8 @@ def recurrence_gradient_kernel(
     z_theta = load_gate(z_ptr + z_row, offs_z, mask, "theta", GATES, N)
     x = tl.load(x_ptr + whole + offs, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + first * N + offs, mask=mask, other=0.0).to(tl.float32)
+    if COPY:
+        tl.store(v_copy_ptr + first * N + offs, v.to(v_copy_ptr.dtype.element_ty), mask=mask)
     if MEAN:
         batch = (first + rows) % rows_per_step
         g_s = tl.load(g_s_ptr + batch * N + n, mask=mask, other=0.0).to(tl.float32)
@@ -127,16 +132,18 @@ def _step(
     return g_direct, g_z_f, g_z_i, g_z_b
 
 
-@triton.jit(do_not_specialize=["start", "steps", "B"])
+@triton.jit(do_not_specialize=["start", "steps", "B", "given"])
 def gpn_backward_persistent_kernel(
-    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
+    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr, g_v_in_ptr,
     g_v_ptr, g_z_ptr, g_x_ptr,
-    start, steps, B,
+    start, steps, B, given,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Steps start + steps - 1 down to start; g_v [B, N] float32 is read and replaced."""
+    """Steps start + steps - 1 down to start; g_v [B, N] float32 is made of g_v_in, zeros unless
+    given.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = tl.arange(0, BLOCK_B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -150,7 +157,7 @@ def gpn_backward_persistent_kernel(
     w_b = load_weight_as_stored(weight_v_ptr, k, n, w_mask, "b", GATES, N)
 
     rows_per_step = B.to(tl.int64)
-    g_v = tl.load(g_v_ptr + first * N + offs, mask=mask, other=0.0)
+    g_v = tl.load(g_v_in_ptr + first * N + offs, mask=mask & (given != 0), other=0.0)
     for back in tl.range(0, steps, num_stages=STAGES):
         row = steps - 1 - back
         g_v, g_z_f, g_z_i, g_z_b = _step(
@@ -180,11 +187,11 @@ def _load_open(
         return 0.0
 
 
-@triton.jit(do_not_specialize=["row", "start", "B"])
+@triton.jit(do_not_specialize=["row", "start", "B", "given"])
 def gpn_backward_stepwise_kernel(
-    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr,
+    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr, g_v_in_ptr,
     g_v_ptr, g_z_ptr, g_x_ptr,
-    row, start, B,
+    row, start, B, given,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
     PRODUCT: tl.constexpr, CELL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -192,7 +199,8 @@ def gpn_backward_stepwise_kernel(
 ):  # fmt: skip
     """PRODUCT closes g_v of step row + 1, CELL then takes step row and leaves its product open.
 
-    g_v [B, N] float32 is g_v[t] between chunks, and g_v[t] without the product while open.
+    g_v [B, N] float32, made of g_v_in (zeros unless given), is g_v[t] between chunks, and g_v[t]
+    without the product while open.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = tl.arange(0, BLOCK_B)[:, None]
@@ -203,7 +211,7 @@ def gpn_backward_stepwise_kernel(
     offs_z = rows * DEPTH + n
     rows_per_step = B.to(tl.int64)
 
-    g_v = tl.load(g_v_ptr + first * N + offs, mask=mask, other=0.0)
+    g_v = tl.load(g_v_in_ptr + first * N + offs, mask=mask & (given != 0), other=0.0)
     if PRODUCT:
         open_z = g_z_ptr + ((row + 1) * rows_per_step + first) * DEPTH
         # three sums side by side, not one chain three times as long
@@ -277,19 +285,22 @@ def gpn_backward(
     x, v_reset, bits = x.contiguous(), v_reset.contiguous(), bits.contiguous()
     operand, gradient = v_saved.dtype, gradient_dtype(x.dtype)
     # forward's operands make z again; what multiplies g_z has its dtype
-    (weight_x_z, weight_v_z, bias_z), (weight_x_g, weight_v_g, _) = cast_together(
-        (weight_x, weight_v, bias), operand, gradient
-    )
-    g_weights = None
+    starts, g_weights = range(0, T, plan.backward_steps), None
+    x_z = x_g = x[starts[-1] :]
+    weight_x_z = bias_z = weight_v_z = weight_v_g = None
+    if G:
+        # the first chunk of x with the weights, the others when their turn comes
+        (weight_x_z, weight_v_z, bias_z, x_z), (weight_x_g, weight_v_g, _, x_g) = cast_together(
+            (weight_x, weight_v, bias, x_z), operand, gradient
+        )
     if g_out is None:
         # the mean's cotangent is the small one: [B, N] of zeros serves either output
         g_out, g_per_step = torch.zeros_like(v_reset), True
     else:
         g_out, g_per_step = g_out.contiguous(), mean
-    if g_v_final is None:
-        g_v = torch.zeros_like(v_reset)
-    else:
-        g_v = g_v_final.to(torch.float32).clone(memory_format=torch.contiguous_format)
+    # None: zeros, which the kernels then do not read
+    g_v = torch.empty_like(v_reset)
+    g_v_in = g_v_final if g_v_final is None else g_v_final.to(torch.float32).contiguous()
     g_x = torch.empty_like(x)
     in_place = x.dtype == gradient
     constants = layer_constants(N, x.dtype, gates)
@@ -297,11 +308,13 @@ def gpn_backward(
     blocks = elementwise_blocks(N)
     run = _persistent if plan.strategy == "persistent" else _stepwise
 
-    for start in reversed(range(0, T, plan.backward_steps)):
+    for start in reversed(starts):
         stop = min(T, start + plan.backward_steps)
         steps = stop - start
         # without gates z is never read, and x stands in for the pointer
-        z = project(x[start:stop], weight_x_z, bias_z)
+        if G and start != starts[-1]:
+            (x_z,), (x_g,) = cast_together((x[start:stop],), operand, gradient)
+        z = project(x_z if G else x[start:stop], weight_x_z, bias_z)
         if every == 1:
             v = v_saved[start:stop]
         else:
@@ -310,26 +323,29 @@ def gpn_backward(
             )
         g_u = x.new_empty(steps, B, N, dtype=gradient)
         g_x_direct = g_x[start:stop] if in_place else torch.empty_like(g_u)
-        g_z, rest = g_u, g_u
+        g_z, rest, v_g = g_u, g_u, v
         if G:
+            if v.dtype != gradient:
+                v_g = torch.empty_like(g_u)
             z.view(steps * B, -1).addmm_(v.view(steps * B, N), weight_v_z.t())
             g_z = z.view(gradient)
         grid = (triton.cdiv(steps * B, blocks["BLOCK_R"]), triton.cdiv(N, blocks["BLOCK_N"]))
         recurrence_gradient_kernel[grid](
-            z, x, v, g_out, g_u, g_z,
+            z, x, v, g_out, g_u, g_z, v_g,
             start, steps, B, alpha, 1 / T if mean else 1.0,
-            SURROGATE=surrogate, MEAN=g_per_step, **blocks, **constants,
+            SURROGATE=surrogate, MEAN=g_per_step, COPY=v_g is not v, **blocks, **constants,
         )  # fmt: skip
         g_z_rows = g_z.view(steps * B, -1)
         if "theta" in gates:
             rest = g_z_rows[:, serial:] @ weight_v_g[serial:]
         run(
-            (z, x, bits, v, g_u, rest, weight_v_g, g_v, g_z, g_x_direct),
+            (z, x, bits, v, g_u, rest, weight_v_g), g_v_in, (g_v, g_z, g_x_direct),
             start, steps, B, plan, constants,
         )  # fmt: skip
+        g_v_in = g_v
         g_x_rows = g_x_direct.view(steps * B, N)
         if G:
-            x_rows, v_rows = (cast(a, gradient).view(steps * B, N) for a in (x[start:stop], v))
+            x_rows, v_rows = (a.view(steps * B, N) for a in (x_g, v_g))
             chunk = (
                 _float32_product(g_z_rows.t(), x_rows),
                 _float32_product(g_z_rows.t(), v_rows),
@@ -344,20 +360,24 @@ def gpn_backward(
     return g_x, *(g_weights or (None,) * 3), g_v
 
 
-def _persistent(tensors: tuple, start: int, steps: int, B: int, plan: Plan, constants: dict):
+def _persistent(inputs, g_v_in, outputs, start: int, steps: int, B: int, plan: Plan, constants):
     grid, tile = tile_constants(plan.backward, B, constants["N"])
-    _, g_z, _ = tensors[-3:]
+    g_v, g_z, _ = outputs
     gpn_backward_persistent_kernel[grid](
-        *tensors, start, steps, B,
+        *inputs, g_v if g_v_in is None else g_v_in, *outputs,
+        start, steps, B, int(g_v_in is not None),
         OPERAND=TL_DTYPES[g_z.dtype], PRECISION=plan.precision, **tile, **constants,
     )  # fmt: skip
 
 
-def _stepwise(tensors: tuple, start: int, steps: int, B: int, plan: Plan, constants: dict):
+def _stepwise(inputs, g_v_in, outputs, start: int, steps: int, B: int, plan: Plan, constants):
     grid, tile = tile_constants(plan.backward, B, constants["N"])
+    g_v = outputs[0]
     # the last launch has no step of its own: it closes g_v at the chunk's first step
     for row in range(steps - 1, -2, -1):
         gpn_backward_stepwise_kernel[grid](
-            *tensors, row, start, B, PRODUCT=row < steps - 1, CELL=row >= 0,
+            *inputs, g_v if g_v_in is None else g_v_in, *outputs, row, start, B,
+            int(g_v_in is not None), PRODUCT=row < steps - 1, CELL=row >= 0,
             BLOCK_K=plan.backward.BLOCK_K, PRECISION=plan.precision, **tile, **constants,
         )  # fmt: skip
+        g_v_in = g_v

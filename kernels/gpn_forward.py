@@ -277,7 +277,14 @@ def gpn_forward(
         return tuple(resize(a, N) for a in results)
     x, v_reset = x.contiguous(), v_reset.contiguous()
     operand = tiles.operand_dtype(x.dtype)
-    ((weight_x, weight_v, bias),) = cast_together((weight_x, weight_v, bias), operand)
+    first = x
+    if gates:
+        # the first chunk of x with the weights, the others when their turn comes
+        part = x[: plan.forward_steps] if plan.hoist else None
+        ((weight_x, weight_v, bias, part),) = cast_together(
+            (weight_x, weight_v, bias, part), operand
+        )
+        first = x if part is None else part
     v0 = v0.contiguous()
     v = torch.empty_like(v0)
     v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=operand)
@@ -286,7 +293,7 @@ def gpn_forward(
     spikes = x if mean else torch.empty_like(x)
     outputs = (v, v_saved, spikes, bits, counts)
     run = _persistent if plan.strategy == "persistent" else _stepwise
-    run(x, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan)
+    run(x, first, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan)
     return (counts if mean else spikes), v, v_saved, bits
 
 
@@ -299,12 +306,14 @@ def _constants(x: Tensor, gates: tuple[str, ...], plan: tiles.Plan) -> tuple[tup
     return grid, dict(constants, OPERAND=operand, PRECISION=plan.precision)
 
 
-def _persistent(x, weight_x, weight_v, bias, v_reset, v, outputs, gates, every, mean, plan) -> None:
+def _persistent(
+    x, first, weight_x, weight_v, bias, v_reset, v, outputs, gates, every, mean, plan
+) -> None:
     T, B, _ = x.shape
     grid, constants = _constants(x, gates, plan)
     for start in range(0, T, plan.forward_steps):
         stop = min(T, start + plan.forward_steps)
-        zx = project(x[start:stop], weight_x, bias)
+        zx = project(x[start:stop] if start else first, weight_x, bias)
         gpn_forward_persistent_kernel[(*grid, 1)](
             zx, x, weight_v, v_reset, v, *outputs, start, stop, T, B, max(1, every),
             MEAN=mean, SAVE=every > 0, REPLAY=False, **constants,
@@ -312,7 +321,9 @@ def _persistent(x, weight_x, weight_v, bias, v_reset, v, outputs, gates, every, 
         v = outputs[0]
 
 
-def _stepwise(x, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan) -> None:
+def _stepwise(
+    x, first, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan
+) -> None:
     T, B, N = x.shape
     grid, constants = _constants(x, gates, plan)
     v, v_saved, *others = outputs
@@ -323,7 +334,7 @@ def _stepwise(x, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, m
     for t in range(T):
         chunk_row = t % plan.forward_steps
         if chunk_row == 0 and plan.hoist:
-            zx = project(x[t : t + plan.forward_steps], weight_x, bias)
+            zx = project(x[t : t + plan.forward_steps] if t else first, weight_x, bias)
         if every and (t + 1) % every == 0 and t + 1 < T:
             target, out_row = v_saved, (t + 1) // every
         else:

@@ -94,50 +94,64 @@ def load_spikes(bits_ptr, t, B, first, offs, mask, N: tl.constexpr):
     return ((word >> (t % WORD)) & 1).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["size_a", "size_b", "size_c"])
+@triton.jit(do_not_specialize=["size_a", "size_b", "size_c", "size_d", "second_size"])
 def operands_cast_kernel(
-    a_ptr, b_ptr, c_ptr, out_ptr, second_ptr, size_a, size_b, size_c,
+    a_ptr, b_ptr, c_ptr, d_ptr, out_ptr, second_ptr, size_a, size_b, size_c, size_d, second_size,
     BOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """a, b and c, one behind the other, as out's dtype, saturated; BOTH: as second's, too.
-
-    A program owns BLOCK elements.
+    """a, b, c and d, one behind the other, as out's dtype, saturated; BOTH: the first second_size
+    elements as second's, too. A program owns BLOCK elements.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_at, c_at = at - size_a, at - size_a - size_b
-    a = tl.load(a_ptr + at, mask=at < size_a, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + b_at, mask=(b_at >= 0) & (b_at < size_b), other=0.0).to(tl.float32)
-    c = tl.load(c_ptr + c_at, mask=(c_at >= 0) & (c_at < size_c), other=0.0).to(tl.float32)
-    # where two of them are 0 their sum is the third
-    value, mask = a + b + c, c_at < size_c
-    tl.store(out_ptr + at, to_operand(value, out_ptr.dtype.element_ty), mask=mask)
+    b_at, c_at, d_at = at - size_a, at - size_a - size_b, at - size_a - size_b - size_c
+    # where three of them are 0 their sum is the fourth
+    value = tl.load(a_ptr + at, mask=at < size_a, other=0.0).to(tl.float32)
+    mask = (b_at >= 0) & (b_at < size_b)
+    value += tl.load(b_ptr + b_at, mask=mask, other=0.0).to(tl.float32)
+    mask = (c_at >= 0) & (c_at < size_c)
+    value += tl.load(c_ptr + c_at, mask=mask, other=0.0).to(tl.float32)
+    mask = (d_at >= 0) & (d_at < size_d)
+    value += tl.load(d_ptr + d_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, to_operand(value, out_ptr.dtype.element_ty), mask=d_at < size_d)
     if BOTH:
-        tl.store(second_ptr + at, to_operand(value, second_ptr.dtype.element_ty), mask=mask)
+        value = to_operand(value, second_ptr.dtype.element_ty)
+        tl.store(second_ptr + at, value, mask=at < second_size)
 
 
 def cast_together(tensors: tuple, *dtypes: torch.dtype) -> list[tuple]:
-    """Up to three tensors as operands of one or two dtypes, by one launch for all of them.
+    """Up to four tensors as operands of one or two dtypes, by one launch for all of them.
 
     Args:
-        tensors: float, of one dtype; None stays None. dtypes: saturated, where float16, instead of
-            infinite. A tensor that has the dtype already is itself, contiguous.
+        tensors: float; None stays None. Those that have the second dtype already come last.
+        dtypes: saturated, where float16, instead of infinite.
     Returns:
-        a tuple of them for each dtype.
+        a tuple of them for each dtype; contiguous, and where nothing is to be cast themselves.
     """
-    given = [t.contiguous() for t in tensors if t is not None]
-    if not given or all(t.dtype == dtype for t in given for dtype in dtypes):
-        return [tuple(t if t is None else t.contiguous() for t in tensors) for _ in dtypes]
+    tensors = [t if t is None else t.contiguous() for t in tensors]
+    given = [t for t in tensors if t is not None]
+    if all(t.dtype == dtype for t in given for dtype in dtypes):
+        return [tuple(tensors) for _ in dtypes]
     sizes = [t.numel() for t in given]
-    total, padded = sum(sizes), (given * 3)[:3]
-    flat = [torch.empty(total, dtype=dtype, device=given[0].device) for dtype in dtypes]
+    total = sum(sizes)
+    second = sum(t.numel() for t in given if t.dtype != dtypes[-1])
+    flat = [
+        torch.empty(size, dtype=dtype, device=given[0].device)
+        for size, dtype in zip((total, second), dtypes, strict=False)
+    ]
     operands_cast_kernel[(triton.cdiv(total, tiles.CAST_BLOCK),)](
-        *padded, flat[0], flat[-1], *(sizes + [0, 0])[:3], BOTH=len(dtypes) == 2,
-        BLOCK=tiles.CAST_BLOCK, num_warps=4,
+        *(given * 4)[:4], flat[0], flat[-1], *(sizes + [0, 0, 0])[:4], second,
+        BOTH=len(dtypes) == 2, BLOCK=tiles.CAST_BLOCK, num_warps=4,
     )  # fmt: skip
     results = []
-    for one in flat:
-        parts = iter(one.split(sizes))
-        results.append(tuple(t if t is None else next(parts).view(t.shape) for t in tensors))
+    for k, one in enumerate(flat):
+        found, at = [], 0
+        for t in tensors:
+            if t is None or (k == 1 and t.dtype == dtypes[1]):
+                found.append(t)
+            else:
+                found.append(one[at : at + t.numel()].view(t.shape))
+                at += t.numel()
+        results.append(tuple(found))
     return results
 
 

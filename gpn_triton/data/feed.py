@@ -76,6 +76,7 @@ class Feed:
         self.events = events
         self._order = torch.arange(len(events), device=events.times.device)
         self._position = self._order.new_zeros(1)
+        self._offsets = self._order.clone()
         self._left = 0
 
     def __len__(self) -> int:
@@ -115,7 +116,7 @@ class Feed:
 
     def _advance(self, size: int) -> Tensor:
         """The positions of the next samples [size] int64, which are then behind."""
-        places = torch.arange(size, device=self._position.device) + self._position
+        places = self._offsets[:size] + self._position
         self._position += size
         return places
 

@@ -206,7 +206,8 @@ class SpikingClassifier(nn.Module):
             x = x.permute(1, 2, 0).flatten(1)
         elif x.ndim == 3:
             x = x.mean(0) if self.readout == "mean" else x[-1]
-        return self._logits(x, current.dtype), torch.stack(activity)
+        activity = torch.stack(activity) if len(activity) > 1 else activity[0][None]
+        return self._logits(x, current.dtype), activity
 
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The readout of x, which is summed in float32, in a network that computes in dtype."""

@@ -201,16 +201,18 @@ def _spike_linear_backward(
         if mask is not None:
             g_spikes *= mask
         total = torch.float32 if half else dtype
-        g_weight = torch.zeros(M, N, dtype=total, device=g_y.device)
+        g_weight = None
         for start, stop in _chunks(T, B * N * dtype.itemsize, g_y.device.type):
             rows = g_y[start:stop].view(-1, M).t()
             operand = _operand(bits, mask, start, stop, dtype, how).view(-1, N)
-            if half and g_y.is_cuda:
-                g_weight += torch.mm(rows, operand, out_dtype=torch.float32)
-            elif half:
-                g_weight += rows @ operand
-            else:
+            if g_weight is not None and not half:
                 g_weight.addmm_(rows, operand)
+                continue
+            if half and g_y.is_cuda:
+                product = torch.mm(rows, operand, out_dtype=torch.float32)
+            else:
+                product = (rows @ operand).to(total)
+            g_weight = product if g_weight is None else g_weight.add_(product)
         g_bias = g_y.sum((0, 1), dtype=total)
     return g_spikes, g_weight.to(weight.dtype), g_bias.to(weight.dtype)
 

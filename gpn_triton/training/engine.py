@@ -57,6 +57,7 @@ class Engine:
         self.rate = torch.full((1,), self.schedule.rate, device=device)
         self.lr = self.rate.view(())
         self.rates: dict[int, Tensor] = {}
+        self.shares: dict[int, Tensor] = {}
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
         self.totals = blank_totals(len(cfg.hidden), device)
@@ -72,7 +73,7 @@ class Engine:
         # under fp16 the loss alone
         self.bad_steps = torch.zeros((), dtype=torch.float64, device=device)
         watched = 1 + len(self.parameter_names) * (not self.scaler.is_enabled())
-        self.bad = torch.zeros(watched, device=device)
+        self.bad, self.none = torch.zeros(2, watched, device=device)
 
     @functools.cached_property
     def exchange(self) -> Exchange:
@@ -128,6 +129,9 @@ class Engine:
             feed: the training samples, after start_epoch. size: how many, on all processes.
         """
         feed.ahead(size)
+        if size not in self.shares:
+            # a sample's share in the batch's mean; a capture takes no number from the host
+            self.shares[size] = torch.tensor(1 / size, device=self.device)
         if self.world.size == 1:
             work = lambda: self._update(self._backward(feed, size))  # noqa: E731
             self.graphs.run(("train", feed, size), work)
@@ -153,10 +157,9 @@ class Engine:
             loss, totals = self._forward(
                 self.model, feed.events, share[a:b], rows, weight, self.augmentation
             )
-            loss = loss * (1 / size)
             with record_function("backward"):
-                self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
+                loss.backward(self.scaler.scale(self.shares[size]))
+            losses.append(loss.detach() * self.shares[size])
             self.totals += totals
         return functools.reduce(torch.add, losses)
 
@@ -168,7 +171,7 @@ class Engine:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
         self._watch(mean_loss)
         torch.index_select(self.rates[self.steps], 0, self.step, out=self.rate)
-        self.step.add_(1).clamp_(max=self.steps - 1)
+        self.step += 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,7 +184,7 @@ class Engine:
             watched += torch._foreach_norm([p.grad for p in self.model.parameters()])
         watched = torch.stack(watched)
         # times 0 what is finite is 0, and what is not NaN
-        bad = (watched * 0).sum() != 0
+        bad = watched.dot(self.none) != 0
         torch.where(bad, watched, self.bad, out=self.bad)
         self.bad_steps += bad
         if not self.scaler.is_enabled():
