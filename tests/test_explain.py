@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from gpn_triton.machine import device
 from gpn_triton.neurons import cost
-from gpn_triton.neurons.explain import explain
-from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.neurons.explain import explain, layers_run
+from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
 
 pytest.importorskip("triton")
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,3 +55,31 @@ def test_without_a_gpu_it_says_first_that_it_describes_another():
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         explain(1, 1, 1, **change)
+
+
+@pytest.mark.parametrize(("backend", "how", "strategies", "reason"), [
+    ("triton", "triton", ["persistent", "stepwise"], "the weights stay in shared memory"),
+    ("auto", "cpu", [None, None], "these are the kernels for a CPU"),
+    ("torch", "torch", [None, None], "it was asked for by name"),
+])  # fmt: skip
+def test_what_computes_each_layer_is_named_with_the_reason(backend, how, strategies, reason):
+    layers = SpikingClassifier([128, 256], backend=backend).neurons
+    found = layers_run(layers, 100, 256, torch.bfloat16, torch.device("cpu"))
+    assert [layer["backend"] for layer in found] == [how] * 2
+    assert [layer["strategy"] for layer in found] == strategies
+    assert found[0]["reason"].startswith(reason)
+
+
+def test_a_neuron_without_kernels_and_a_gpu_without_triton_say_so(monkeypatch):
+    (found,) = layers_run(SpikingClassifier([8], "lif").neurons, 5, 4, torch.float32, CPU)
+    assert (found["backend"], found["reason"]) == ("torch", "LIF has no kernel")
+    # as on a GPU that is too old
+    monkeypatch.setattr(device, "choose_backend", lambda *_: "torch")
+    monkeypatch.setattr(device, "triton_unavailable", lambda x: "the GPU is too old")
+    (found,) = layers_run(SpikingClassifier([8]).neurons, 5, 4, torch.float32, CPU)
+    assert found["reason"] == "triton cannot run: the GPU is too old"
+
+
+def test_a_surrogate_that_is_none_is_refused_for_a_neuron_that_takes_none():
+    with pytest.raises(ValueError, match="surrogate: expected one of"):
+        SpikingClassifier([8], "lif", surrogate="nonsense")

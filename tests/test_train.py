@@ -96,6 +96,10 @@ def test_a_run_learns_and_leaves_its_files(files, capsys):
     assert lines[-1]["train_loss"] < lines[1]["train_loss"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert set(load_file(run / "best.safetensors")) >= {"neurons.0.weight_v", "output.weight"}
+    # what computed each layer is said once, and stands in both files with where the run was
+    (layer,) = result["layers"]
+    assert layer == lines[0]["layers"][0] and layer["reason"]
+    assert [here["commit"] for here in result["ran_on"]] == [lines[0]["commit"]]
     # the test file is read after the last epoch alone
     printed = capsys.readouterr().out.splitlines()
     words = [line.split()[0] for line in printed]
@@ -184,7 +188,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(files, seeds, kill, step, t
     assert last.startswith("interrupted: saved checkpoint-0000")
     assert last.endswith(f"go on with --resume {run}") and not (run / "result.json").exists()
     assert train.main(["--resume", str(run)]) == 0
-    assert "resumed from" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed from" in said and "layer 1, 8 gpn: cpu, these are" in said
+    result = json.loads((run / "result.json").read_text())
+    places = result.get("results", [result])[-1]["ran_on"]
+    assert len(places) == 2 and places[1]["from_epoch"] == 2 + (step == 15)
     for name in [""] if len(seeds) == 1 else [f"seed-{seed}" for seed in seeds]:
         assert same_bits(run / name, whole / name)
 

@@ -1,15 +1,19 @@
-"""explain(): how the Triton kernels would run a layer of GPN, and what that costs."""
+"""How layers run: explain(), what the Triton kernels would do with one and what that costs; and
+layers_run(), what computes each layer of a network here, and why."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from gpn_triton.machine import device
 from gpn_triton.neurons import cost
 from gpn_triton.neurons.gpn_options import GPNOptions
+from gpn_triton.neurons.layers import GPN
 from gpn_triton.neurons.reference import GATES
 
 
@@ -131,3 +135,43 @@ def explain(
         # z, g_u, rest, g_x, and v where it is replayed
         workspace_mib=plan.backward_steps * step_bytes * (G + 3 + (every > 1)) / 2**20,
     )
+
+
+def layers_run(
+    layers: nn.ModuleList, T: int, B: int, dtype: torch.dtype, where: torch.device
+) -> list[dict[str, Any]]:
+    """What computes each layer of a network, and why.
+
+    Args:
+        layers: SpikingClassifier.neurons. T, B: time bins, batch. dtype: of the layers' currents.
+        where: the device that computes.
+    Returns:
+        of each layer its backend, strategy (None but for the Triton kernels) and the reason.
+    Raises:
+        RuntimeError: a backend asked for by name cannot run.
+    """
+    found = []
+    for layer in layers:
+        if not isinstance(layer, GPN):
+            kind = type(layer).__name__
+            found.append({"backend": "torch", "strategy": None, "reason": f"{kind} has no kernel"})
+            continue
+        asked, x = layer.options.backend, torch.empty(0, dtype=dtype, device=where)
+        how, strategy = device.choose_backend(asked, x), None
+        if how == "triton":
+            from gpn_triton.kernels import tiles
+
+            limits = device.kernel_limits() if where.type == "cuda" else {}
+            plan = tiles.choose(
+                T, B, layer.hidden_size, dtype, GATES[layer.variant], layer.options.every,
+                device.float32_precision(), **limits,
+            )  # fmt: skip
+            strategy, reason = plan.strategy, plan.reason
+        elif asked != "auto":
+            reason = "it was asked for by name"
+        elif how == "cpu":
+            reason = "these are the kernels for a CPU"
+        else:
+            reason = f"triton cannot run: {device.triton_unavailable(x)}"
+        found.append({"backend": how, "strategy": strategy, "reason": reason})
+    return found

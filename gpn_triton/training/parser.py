@@ -145,7 +145,7 @@ def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
     ignored = {}
     if not NEURONS[cfg.neuron].is_gpn:
         ignored |= dict.fromkeys(("surrogate", "alpha", "checkpoint_every"), without)
-        if cfg.backend == "triton":
+        if cfg.backend != "auto":
             ignored["backend"] = without
     if data != "--dataset synthetic":
         ignored |= dict.fromkeys(("samples", "classes"), data)

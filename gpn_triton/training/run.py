@@ -22,6 +22,7 @@ from gpn_triton.machine.distributed import World
 from gpn_triton.machine.profile import profiled
 from gpn_triton.machine.provenance import provenance
 from gpn_triton.neurons.cost import training_floor
+from gpn_triton.neurons.explain import layers_run
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training import run_folder
 from gpn_triton.training.build import build_network, network_sizes
@@ -104,7 +105,9 @@ class Run:
             "computes_in": str(self.engine.amp or torch.float32).removeprefix("torch."),
             "processes": world.size,
             "class_names": splits.train.class_names,
+            "layers": self._layers(),
         }
+        self.header["ran_on"] = [self._here()]
         # the result depends on these options
         self.computes = {k: v for k, v in self.header["config"].items() if k in RESULT_OPTIONS}
         self.metrics = folder / run_folder.METRICS
@@ -115,6 +118,24 @@ class Run:
             lines = [self.header, *(epoch.to_dict() for epoch in self.epochs)]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             files.write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+    def _layers(self) -> list[dict[str, Any]]:
+        """What computes each layer and why, also said; a warning where a GPU has no kernels."""
+        cfg, dtype = self.cfg, self.engine.amp or torch.float32
+        at_once = -(-cfg.batch_size // (cfg.accumulate * self.world.size))
+        found = layers_run(self.model.neurons, cfg.time_bins, at_once, dtype, self.device)
+        for k, layer in enumerate(found, 1):
+            how = f"{layer['backend']} {layer['strategy'] or ''}".strip()
+            self.world.say(f"layer {k}, {cfg.hidden[k - 1]} {cfg.neuron}: {how}, {layer['reason']}")
+        unasked = NEURONS[cfg.neuron].is_gpn and cfg.backend == "auto"
+        if unasked and self.device.type == "cuda" and found[0]["backend"] == "torch":
+            self.world.say(f"warning: {self.device} without kernels: {found[0]['reason']}")
+        return found
+
+    def _here(self) -> dict[str, Any]:
+        """On what, and with which program, this process runs, from which epoch on."""
+        kept = {key: self.header[key] for key in ("device", "commit", "started", "processes")}
+        return {**kept, "layers": self.header["layers"]}
 
     def _feed(self, name: str, store: EventStore) -> Feed:
         """A set's batches, from the device or streamed to it; says which."""
@@ -141,9 +162,13 @@ class Run:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             reason = " ".join(reason.split())[:200]
             raise ValueError(f"resume: {path} is not of this run: {reason}") from None
+        here = {**self._here(), "from_epoch": self.progress["epoch"] + 1}
         self.header, self.epochs = run_folder.read_metrics(
             self.folder, self.progress["epoch"], len(self.cfg.hidden)
         )
+        # a run of before has begun where its header says
+        began = {key: self.header.get(key) for key in ("device", "commit", "started")}
+        self.header["ran_on"] = [*self.header.get("ran_on", [began]), here]
         self.last_good = str(path)
         self.world.say(f"resumed from {path}")
 
@@ -315,6 +340,8 @@ class Run:
             "processes": self.world.size,
             "device": self.header["device"],
             "commit": self.header["commit"],
+            "layers": self.header["ran_on"][-1]["layers"],
+            "ran_on": self.header["ran_on"],
         }
         if self.world.is_writer:
             title = f"{cfg.neuron} {'-'.join(map(str, cfg.hidden))} on {self.splits.description}"
