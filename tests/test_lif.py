@@ -284,3 +284,6 @@ def test_a_backend_that_cannot_run_is_refused():
     x = torch.empty(1)
     for neuron in KINDS:
         assert NEURONS[neuron].compiles_first("torch", x) is False
+        # as a run may hold it from before it was refused
+        model = SpikingClassifier([5], neuron, inputs=5, classes=2, backend="triton")
+        assert model.neurons[0].backend == "auto"
