@@ -31,6 +31,7 @@ from bench.kernel_call import STRATEGIES, KernelCall
 from bench.measure import Call, GraphedCall
 from gpn_triton import gpn
 from gpn_triton.neurons import cost, reference
+from gpn_triton.neurons.lif import lif
 from gpn_triton.neurons.networks import NEURONS
 
 ROWS = 8
@@ -200,7 +201,7 @@ def _spiking(problem: Problem, subject: str, backward: bool) -> tuple[str, Call,
         options = {"backend": backend, "checkpoint_every": int(every[1]) if every else None}
         return layer(lambda *inputs: gpn(*inputs, v_reset, **options)[0])
     if subject == "lif":
-        return layer(lambda x: reference.lif_loop(x, torch.zeros_like(x[0]), 2.0)[0])
+        return layer(lambda x: lif(x)[0])
     if subject == "spikingjelly-lif":
         node = spikingjelly_lif(device)
         return layer(lambda x: (node.reset(), node(x))[1])

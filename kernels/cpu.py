@@ -231,8 +231,9 @@ def weight_gradient_kernel(
 ):
     """Add g^T x and g^T v to the weights' gradients [M, N], and the sum of g to the bias's [M].
 
-    g [depth, M], a row every g_row numbers; x, v [depth, N]. A thread takes `block` rows of the
-    gradients at a time, a multiple of ROWS; sums run over the depth in order, in parts of DEPTH.
+    g [depth, M], a row every g_row numbers; x, v [depth, N]; an empty v has no gradient. A thread
+    takes `block` rows of the gradients at a time, a multiple of ROWS; sums run over the depth in
+    order, in parts of DEPTH.
     """
     panels, bias = -(-N // PANEL), np.zeros(block, g.dtype)
     sums, turned = np.zeros(block * PANEL, g.dtype), np.empty(block * DEPTH, g.dtype)
@@ -245,7 +246,7 @@ def weight_gradient_kernel(
         for d in range(0, depth, DEPTH):
             part = DEPTH if d + DEPTH < depth else depth - d
             _transpose(row(g, d * g_row + first), g_row, part, rows, turned)
-            for p in range(2 * panels):
+            for p in range(2 * panels if len(v) > 0 else panels):
                 a, g_weight = (x, g_weight_x) if p < panels else (v, g_weight_v)
                 if p % panels == 0:
                     _take_panels(row(a, d * N), N, part, packed)

@@ -63,6 +63,7 @@ from gpn_triton.kernels.pointwise_cpu import (
     constants,
     copy,
     count,
+    distance,
     gate,
     input_gate,
     replay,
@@ -221,7 +222,8 @@ def gpn_backward_kernel(
                             replay(f, i, b, x_r, v_r, v_next, reset_r, bits_r, t, N, find_b)
                         continue
                     z_at = at // N * z_row
-                    surrogate_derivative(f, i, theta, x_r, v_r, N, name, alpha, g_u)
+                    distance(f, i, theta, x_r, v_r, N, g_u)
+                    surrogate_derivative(N, name, alpha, g_u)
                     adjoint(
                         f, i, b, theta, x_r, v_r, row(g_s, at if per_step else b_at), bits_r, t,
                         scale, of_f, N, g_u, row(g_own, r * width),

@@ -193,31 +193,34 @@ def replay(f, i, b, x, v, v_next, v_reset, bits, t, N, find_b):
 
 
 @inner
-def surrogate_derivative(f, i, theta, x, v, N, name, alpha, g_u):
-    """surrogate'(h - theta) of one row."""
-    number = g_u.dtype.type
-    half, one, zero = alpha * number(0.5), number(1), number(0)
+def distance(f, i, theta, x, v, N, u):
+    """h - theta of one row."""
     for j in range(N):
-        g_u[j] = f[j] * v[j] + i[j] * x[j] - theta[j]
+        u[j] = f[j] * v[j] + i[j] * x[j] - theta[j]
+
+
+@inner
+def surrogate_derivative(N, name, alpha, u):
+    """surrogate'(u) of one row in place of u."""
+    number = u.dtype.type
+    half, one, zero = alpha * number(0.5), number(1), number(0)
     if name == 0:
         scale = half * number(math.pi)
         for j in range(N):
-            w = scale * g_u[j]
-            g_u[j] = half / (one + w * w)
+            w = scale * u[j]
+            u[j] = half / (one + w * w)
     elif name == 1:
         for j in range(N):
-            p = sigmoid(alpha * g_u[j])
-            g_u[j] = alpha * p * (one - p)
+            p = sigmoid(alpha * u[j])
+            u[j] = alpha * p * (one - p)
     elif name == 2:
         for j in range(N):
-            u = g_u[j]
-            w = one + alpha * (u if u > zero else -u)
-            g_u[j] = half / (w * w)
+            w = one + alpha * (u[j] if u[j] > zero else -u[j])
+            u[j] = half / (w * w)
     else:
         for j in range(N):
-            u = g_u[j]
-            w = one - half * (u if u > zero else -u)
-            g_u[j] = half * (zero if w < zero else w)
+            w = one - half * (u[j] if u[j] > zero else -u[j])
+            u[j] = half * (zero if w < zero else w)
 
 
 @inner
@@ -240,3 +243,83 @@ def adjoint(
         g_z_t[j] = -g_s_u * (theta[j] * (one - theta[j]))
         g_x[j] = g_h * i[j]
         g_v[j] = g_h * f[j]
+
+
+@inner
+def fire(h, N, v, s):
+    """Spikes and the membrane after the reset to 0, of one row whose threshold is 1."""
+    one = h.dtype.type(1)
+    for j in range(N):
+        s[j] = one if h[j] >= one else 0
+        v[j] = h[j] * (one - s[j])
+
+
+@inner
+def leak(x, v, tau, N, h):
+    """LIF's membrane before the threshold, of one row."""
+    for j in range(N):
+        h[j] = v[j] + (x[j] - v[j]) / tau
+
+
+@inner
+def charge(x, recurrent, current_decay, membrane_decay, N, current, v, h):
+    """CuBa-LIF's current after a step, and its membrane before the threshold, of one row."""
+    rest = h.dtype.type(1) - membrane_decay
+    for j in range(N):
+        current[j] = x[j] + recurrent[j] + current_decay * current[j]
+        h[j] = membrane_decay * v[j] + rest * current[j]
+
+
+@inner
+def below_threshold(h, N, u):
+    """h - 1 of one row."""
+    one = h.dtype.type(1)
+    for j in range(N):
+        u[j] = h[j] - one
+
+
+@inner
+def spike_of(bits, t, N, s):
+    """The spikes of one row at step t, from their word."""
+    one, none, bit = s.dtype.type(1), s.dtype.type(0), np.int32(np.int64(1) << (t % WORD))
+    for j in range(N):
+        s[j] = one if (bits[j] & bit) != 0 else none
+
+
+@inner
+def reset(h, s, N, v):
+    """The membrane after the reset to 0, of one row."""
+    one = h.dtype.type(1)
+    for j in range(N):
+        v[j] = h[j] * (one - s[j])
+
+
+@inner
+def leak_adjoint(g_s, slope, s, tau, N, g_v, g_x):
+    """One step of one row of LIF backward: g_v[t+1] becomes g_v[t]; slope: surrogate'(h - 1)."""
+    one = slope.dtype.type(1)
+    for j in range(N):
+        g_h = g_v[j] * (one - s[j]) + g_s[j] * slope[j]
+        g_x[j] = g_h / tau
+        g_v[j] = g_h - g_x[j]
+
+
+@inner
+def add_tau_gradient(g_x, h, before, N, g_tau):
+    """Add what one step gives tau: g_h / tau times -(h - v), v being the membrane before it."""
+    for j in range(N):
+        g_tau[j] -= g_x[j] * (h[j] - before[j])
+
+
+@inner
+def charge_adjoint(
+    g_s, g_fed_back, slope, s, current_decay, membrane_decay, N, g_current, g_v, g_x
+):  # fmt: skip
+    """One step of one row of CuBa-LIF backward: g_current and g_v become those before the step."""
+    one = slope.dtype.type(1)
+    rest = one - membrane_decay
+    for j in range(N):
+        g_h = g_v[j] * (one - s[j]) + (g_s[j] + g_fed_back[j]) * slope[j]
+        g_x[j] = rest * g_h + g_current[j]
+        g_current[j] = current_decay * g_x[j]
+        g_v[j] = membrane_decay * g_h

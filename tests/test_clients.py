@@ -16,6 +16,7 @@ from gpn_triton import GPN, SpikingClassifier, gpn
 from gpn_triton.neurons import cost, reference
 from gpn_triton.neurons.event_linear import Cells, event_linear
 from gpn_triton.neurons.layers import LIF, CubaLIF
+from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.neurons.spike_linear import spike_linear
 from gpn_triton.neurons.surrogate import SURROGATES
 
@@ -330,18 +331,18 @@ def test_states_that_do_not_fit_are_named(state, error, message):
         SpikingClassifier([8], inputs=9).eval().stream(COUNTS, two)
 
 
-@pytest.mark.parametrize("variant", ["full", "no-i", "no-fitb"])
-def test_flop_counters_see_what_cost_counts(variant):
+@pytest.mark.parametrize("neuron", ["gpn", "gpn-no-i", "gpn-no-fitb", "lif", "cuba-lif"])
+def test_flop_counters_see_what_cost_counts(neuron):
     from torch.utils.flop_counter import FlopCounterMode
 
     T, B, C = COUNTS.shape
-    model = network("gpn" if variant == "full" else f"gpn-{variant}").train()
+    model = network(neuron).train()
     with FlopCounterMode(display=False) as counter:
         logits, _ = model(COUNTS)
     forward = counter.get_total_flops()
     with counter:
         logits.sum().backward()
-    work = cost.gated_spiking(len(reference.GATES[variant]))
+    work = NEURONS[neuron].work
     for total, backward in ((forward, False), (forward + counter.get_total_flops(), True)):
         layers = cost.layer(work, 8, C, backward, False) + cost.layer(work, 6, 8, backward, True)
         readout = cost.linear(6, 4, backward, True)

@@ -18,15 +18,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 HALF = (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture
-def one_thread():
-    """One thread unless a test asks for more: these layers are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def layer(T, B, N, variant="full", dtype=torch.float32):
     """x, weight_x, weight_v, bias, v_reset, v0 of a layer that spikes."""
     G = len(GATES[variant])

@@ -82,6 +82,9 @@ def gated(G: int) -> Work:
 # spiking neurons without products. forward: x read, spike written; backward: h written and read,
 # two gradients
 LEAKY = Work((0, 0, 2), (0, 0, 5))
+# with a product of the spikes before, serial forward and backward, and the weight's: it reads g_x
+# once more, and the spikes in one bit each
+CUBA_LIF = Work((1, 1, 2), (2, 1, 6), gates=1)
 
 
 def linear(inputs: int, outputs: int, backward: bool, input_grad: bool, element: int = 2) -> Count:
@@ -191,6 +194,10 @@ def tell_flop_counter() -> None:
     formulas = {
         ops.recurrence: lambda x, w, *_, **__: _flops(forward, x, w),
         ops.recurrence_backward: lambda g, h, x, w, *_, **__: _flops(backward, x, w),
+        ops.cuba_lif: lambda x, w, *_, **__: _flops(CUBA_LIF.forward[0], x, w),
+        ops.cuba_lif_backward: lambda g, j, v, h, bits, w, *_, **__: _flops(
+            CUBA_LIF.backward[0], h, w
+        ),
         ops.spike_linear: lambda s, bits, mask, w, *_, **__: _flops(1, s, w),
         ops.spike_linear_backward: lambda g, bits, mask, w, *_, **__: _flops(2, g, w),
     }

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from gpn_triton.kernels.tiles import WORD
+
 
 def beyond_operators(*tensors: Tensor | None) -> bool:
     """Whether a derivative is asked for that is not reverse mode, once: a tensor has a tangent, or
@@ -43,3 +45,36 @@ def refuse_second(name: str, instead: str) -> Callable:
         )
 
     return refuse
+
+
+def saves_for_backward(x: Tensor, *others: Tensor | None) -> tuple[bool, bool]:
+    """Whether a recurrence over x [T, B, N] saves anything for backward, and whether the packed
+    spikes among it are fit for the next layer to share."""
+    # a tensor under vmap does not say whether what it stands for requires a gradient
+    mapped = torch._C._are_functorch_transforms_active()
+    saves = torch.is_grad_enabled() and (
+        mapped or any(t is not None and t.requires_grad for t in (x, *others))
+    )
+    if torch.compiler.is_exporting():
+        saves = saves and _has_side(x.shape[0])
+    return saves, saves and not mapped
+
+
+def _has_side(T: int) -> bool:
+    """Whether a T that torch.export sees is known to lie within a word of spikes, or beyond it.
+
+    Else it would be fixed to one of both, since a first size of 1 or more is another layout to
+    torch; then nothing is saved, and the exported program has no backward.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(T > WORD) or statically_known_true(T <= WORD)
+
+
+def refuse_nothing_saved(name: str, saved: int | bool) -> None:
+    """Raise RuntimeError in the backward pass of a recurrence that has saved nothing for it."""
+    if not saved:
+        raise RuntimeError(
+            f"{name}: exported with a T that may be below and above {WORD}, it saves nothing for "
+            f"backward: export with T fixed, or from {WORD + 1} on (Dim('T', min={WORD + 1}))"
+        )

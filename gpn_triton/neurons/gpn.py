@@ -14,7 +14,12 @@ from gpn_triton.machine import device
 from gpn_triton.machine.device import autocast_dtype, choose_backend
 from gpn_triton.neurons import cost, recurrence_torch
 from gpn_triton.neurons.checks import check_operand, check_sequence, check_state
-from gpn_triton.neurons.derivatives import beyond_operators, refuse_second
+from gpn_triton.neurons.derivatives import (
+    beyond_operators,
+    refuse_nothing_saved,
+    refuse_second,
+    saves_for_backward,
+)
 from gpn_triton.neurons.gpn_options import GPNOptions
 from gpn_triton.neurons.reference import GATES, gpn_loop
 
@@ -114,17 +119,11 @@ def gpn_packed(
     weights = [w if w is None else w.to(state) for w in weights]
     if beyond_operators(x, *weights, v0):
         return *_loop(x, weights, v_reset, v0, options), None
-    # a tensor under vmap does not say whether what it stands for requires a gradient
-    mapped = torch._C._are_functorch_transforms_active()
-    needs_grad = torch.is_grad_enabled() and (
-        mapped or any(t is not None and t.requires_grad for t in (x, *weights, v0))
-    )
-    if torch.compiler.is_exporting():
-        needs_grad = needs_grad and _has_side(x.shape[0])
+    needs_grad, keeps_bits = saves_for_backward(x, *weights, v0)
     if not torch.compiler.is_compiling():
         cost.tell_flop_counter()
     out, v_final, _, bits = _recurrence(x, *weights, v_reset, v0, *options.flat(save=needs_grad))
-    return out, v_final, bits if needs_grad and not mapped else None
+    return out, v_final, bits if keeps_bits else None
 
 
 def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor, variant: str):
@@ -139,17 +138,6 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
             f"{name}: expected shape {shape} for x {list(x.shape)} and variant {variant}, got {got}"
         )
     check_operand(name, tensor, x)
-
-
-def _has_side(T: int) -> bool:
-    """Whether a T that torch.export sees is known to lie within a word of spikes, or beyond it.
-
-    Else it would be fixed to one of both, since a first size of 1 or more is another layout to
-    torch; then nothing is saved, and the exported program has no backward.
-    """
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(T > WORD) or statically_known_true(T <= WORD)
 
 
 def _loop(x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOptions):
@@ -288,11 +276,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, g_out, g_v_final, _g_v_saved, _g_bits):
-    if ctx.options[-2] == 0:
-        raise RuntimeError(
-            "gpn: exported with a T that may be below and above 32, it saves nothing for "
-            f"backward: export with T fixed, or from {WORD + 1} on (Dim('T', min={WORD + 1}))"
-        )
+    refuse_nothing_saved("gpn", ctx.options[-2])
     # read once: activation checkpointing computes anew what a second reading asks for, and refuses
     saved = ctx.saved_tensors
     g_x, *g_weights, g_v0 = _recurrence_backward(g_out, g_v_final, *saved, *ctx.options)

@@ -6,16 +6,17 @@ the state after the last step, as nn.LSTM does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
+from gpn_triton.machine.device import BACKENDS
 from gpn_triton.neurons import reference
-from gpn_triton.neurons.checks import check_fits, check_sequence, check_state
+from gpn_triton.neurons.checks import check_fits, check_sequence
 from gpn_triton.neurons.gpn import gpn_packed
-from gpn_triton.neurons.gpn_options import GPNOptions
+from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
+from gpn_triton.neurons.lif import cuba_lif, lif
 from gpn_triton.neurons.spike_linear import PackedPair
 
 
@@ -132,23 +133,28 @@ class GPN(nn.Module):
 class LIF(nn.Module):
     """Leaky integrate-and-fire: time constant tau in bins, threshold 1, hard reset to 0."""
 
-    def __init__(self, hidden_size: int, tau: float = 2.0, learn_tau: bool = False):
+    def __init__(
+        self, hidden_size: int, tau: float = 2.0, learn_tau: bool = False, backend: str = "auto"
+    ):
         super().__init__()
         if not tau > 1:
             raise ValueError(f"tau: expected more than 1 bin, got {tau}")
+        check_choice("backend", backend, BACKENDS)
         self.hidden_size = hidden_size
-        self.tau = tau
+        self.tau, self.backend = tau, backend
         # PLIF learns w with 1 / tau = sigmoid(w), one a layer (Fang et al., ICCV 2021)
         w = -torch.log(torch.tensor(tau - 1.0))
         self.register_parameter("w", nn.Parameter(w) if learn_tau else None)
 
     def forward(self, x: Tensor, v0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [T, B, N] -> spikes [T, B, N], v_final [B, N]."""
+        """x [T, B, N] -> spikes [T, B, N], v_final [B, N]: a pair as GPN's."""
         check_sequence(x, self.hidden_size)
-        if v0 is not None:
-            check_state("v0", v0, x)
-        tau = self.tau if self.w is None else 1 / torch.sigmoid(self.w).to(x.dtype)
-        return reference.lif_loop(x, torch.zeros_like(x[0]) if v0 is None else v0, tau)
+        tau = self.tau
+        if self.w is not None:
+            wide = x.dtype == torch.float64
+            tau = 1 / torch.sigmoid(self.w).to(torch.float64 if wide else torch.float32)
+        spikes, v_final, bits = lif(x, v0, tau, backend=self.backend)
+        return PackedPair(spikes, v_final).carry(bits)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, tau={self.tau}, learn_tau={self.w is not None}"
@@ -157,27 +163,22 @@ class LIF(nn.Module):
 class CubaLIF(nn.Module):
     """Current-based LIF with recurrent weights from its spikes; decays 0.5, threshold 1."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, backend: str = "auto"):
         super().__init__()
-        self.hidden_size = hidden_size
+        check_choice("backend", backend, BACKENDS)
+        self.hidden_size, self.backend = hidden_size, backend
         self.recurrent = nn.Linear(hidden_size, hidden_size)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """x [T, B, N] -> spikes [T, B, N], (current, membrane, last spikes), each [B, N]."""
+        """x [T, B, N] -> spikes [T, B, N], (current, membrane, last spikes), each [B, N]: a pair as
+        GPN's."""
         check_sequence(x, self.hidden_size)
         check_fits(x, self.recurrent.weight)
-        if state is None:
-            state = (torch.zeros_like(x[0]),) * 3
-        if not isinstance(state, Sequence) or len(state) != 3:
-            raise TypeError(
-                "state: expected (current, membrane, last spikes), each [B, N], got "
-                f"{type(state).__name__}"
-            )
-        for name, tensor in zip(("current", "membrane", "last spikes"), state, strict=True):
-            check_state(f"state: {name}", tensor, x)
-        return reference.cuba_lif_loop(x, self.recurrent.weight, self.recurrent.bias, state)
+        weights = self.recurrent.weight, self.recurrent.bias
+        spikes, state, bits = cuba_lif(x, *weights, state, backend=self.backend)
+        return PackedPair(spikes, state).carry(bits)
 
 
 class HeldDropout(nn.Module):

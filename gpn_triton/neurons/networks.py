@@ -9,7 +9,7 @@ NEURONS is the table of neurons: a new one is a row here, and a layer in a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpn_triton.machine.device import autocast_dtype
+from gpn_triton.machine.device import BACKENDS, autocast_dtype
 from gpn_triton.neurons import cost
 from gpn_triton.neurons.checks import check_sequence
 from gpn_triton.neurons.event_linear import Cells
+from gpn_triton.neurons.gpn import compiles_first as gpn_compiles_first
 from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
 from gpn_triton.neurons.layers import GPN, LIF, Convolution, CubaLIF, HeldDropout
+from gpn_triton.neurons.lif import cuba_lif_compiles_first, lif_compiles_first
 from gpn_triton.neurons.reference import GATES
 from gpn_triton.neurons.spike_linear import SpikeLinear, Spikes
 
@@ -35,6 +37,9 @@ class Neuron:
         [T, B, N] (and a state) and returns its output [T, B, N] and its state, as nn.LSTM does. If
         it has a method draw(batch, like), it takes what that drew as v_reset.
     work: what cost counts of it; None: nothing.
+    compiles_first: whether a first call by a backend on a tensor's device compiles kernels for a
+        CPU; None: the layer has neither kernels nor backends.
+    backends: those that it has.
     is_gpn: whether it is a variant of GPN, which takes the options and can be exported in the
         authors' layout.
     sparse_input: whether a SpikeLinear makes its current, so that a network's input may be Cells;
@@ -44,16 +49,39 @@ class Neuron:
 
     build: Callable[[int, int, GPNOptions], nn.Module]
     work: cost.Work | None = None
+    compiles_first: Callable[[str, Tensor], bool] | None = None
+    backends: Collection[str] = BACKENDS
     is_gpn: bool = False
     sparse_input: bool = True
     needs_time_bins: bool = False
+
+    def backend(self, asked: str) -> str:
+        """The backend asked for, or auto where the layer has none of that name: the command refuses
+        one without effect, but an older run may hold it."""
+        return asked if asked in self.backends else "auto"
 
 
 def _gpn(variant: str) -> Neuron:
     def build(inputs: int, N: int, options: GPNOptions) -> nn.Module:
         return GPN(N, *astuple(replace(options, variant=variant)))
 
-    return Neuron(build, cost.gated_spiking(len(GATES[variant])), is_gpn=True)
+    work = cost.gated_spiking(len(GATES[variant]))
+    return Neuron(build, work, gpn_compiles_first, is_gpn=True)
+
+
+def _leaky(
+    layer: Callable[[int, str], nn.Module],
+    work: cost.Work,
+    compiles_first: Callable[[str, Tensor], bool],
+) -> Neuron:
+    """A spiking layer made from its neurons and a backend; it has no Triton kernel."""
+    backends = [name for name in BACKENDS if name != "triton"]
+
+    def build(inputs: int, N: int, options: GPNOptions) -> nn.Module:
+        return layer(N, row.backend(options.backend))
+
+    row = Neuron(build, work, compiles_first, backends)
+    return row
 
 
 def _twin(layer: type[nn.Module], gates: int) -> Neuron:
@@ -62,9 +90,11 @@ def _twin(layer: type[nn.Module], gates: int) -> Neuron:
 
 
 NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for variant in GATES} | {
-    "lif": Neuron(lambda _, N, __: LIF(N), cost.LEAKY),
-    "plif": Neuron(lambda _, N, __: LIF(N, learn_tau=True), cost.LEAKY),
-    "cuba-lif": Neuron(lambda _, N, __: CubaLIF(N)),
+    "lif": _leaky(lambda N, backend: LIF(N, backend=backend), cost.LEAKY, lif_compiles_first),
+    "plif": _leaky(
+        lambda N, backend: LIF(N, learn_tau=True, backend=backend), cost.LEAKY, lif_compiles_first
+    ),
+    "cuba-lif": _leaky(CubaLIF, cost.CUBA_LIF, cuba_lif_compiles_first),
     "lstm": _twin(nn.LSTM, 4),
     "gru": _twin(nn.GRU, 3),
     "rnn": _twin(nn.RNN, 1),
@@ -110,7 +140,8 @@ class SpikingClassifier(nn.Module):
         dropout: share of each hidden layer silenced in training, the mask held over time.
         readout: mean over time of the logits, or those of the last step.
         time_bins: T; needed by cnn alone, whose readout sees every bin.
-        surrogate, alpha, backend, checkpoint_every: as gpn(), for the GPN neurons.
+        surrogate, alpha, checkpoint_every: as gpn(), for the GPN neurons.
+        backend: as gpn(), and for lif, plif and cuba-lif as lif().
     Raises:
         ValueError: an option that does not fit.
     Source: arXiv 2412.01087; the networks of the authors' two implementations.

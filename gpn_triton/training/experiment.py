@@ -13,7 +13,6 @@ from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
 from gpn_triton.machine.device import thread_slowdown, unavailable
 from gpn_triton.machine.distributed import World, own_device, restarted
-from gpn_triton.neurons.gpn import compiles_first
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training import run_folder
 from gpn_triton.training.build import amp_dtype, build_network
@@ -36,8 +35,9 @@ def run_experiment(cfg: TrainConfig) -> None:
     device = own_device(cfg.device)
     if not cfg.eval_only:
         check_trackers(cfg.track)
-    is_gpn, example = NEURONS[cfg.neuron].is_gpn, torch.empty(1, device=device)
-    if is_gpn and (reason := unavailable(cfg.backend, example)):
+    row, example = NEURONS[cfg.neuron], torch.empty(1, device=device)
+    backend = row.backend(cfg.backend)
+    if row.compiles_first and (reason := unavailable(backend, example)):
         raise ValueError(f"backend: {cfg.backend} cannot run: {reason}")
     if cfg.deterministic:
         # cuBLAS asks for this to be deterministic
@@ -62,7 +62,7 @@ def run_experiment(cfg: TrainConfig) -> None:
                 f"--amp {cfg.amp}: this CPU has no arithmetic for it and would emulate it, several "
                 "times as slow: computing in float32"
             )
-        if is_gpn and compiles_first(cfg.backend, example):
+        if row.compiles_first and row.compiles_first(backend, example):
             world.say("the first step compiles the kernels for this CPU, once: some 10 s")
         if cfg.eval_only:
             evaluate_run(cfg, Path(cfg.eval_only), splits, device, world)
