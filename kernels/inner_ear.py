@@ -100,6 +100,7 @@ def inner_ear_kernel(
     newest = nothing.to(tl.int64)
     middle, oldest = newest, newest
     for t in tl.range(0, tl.load(lengths_ptr + recording)):
+        now = t + nothing
         drive = tl.load(x_ptr + t, mask=keep, other=0.0) + A
         kt = tl.where(drive > 0, tl.math.div_rn(G * drive, drive + B), 0.0)
         ejected, reprocessed = kt * q, X * w
@@ -108,7 +109,7 @@ def inner_ear_kernel(
         c = tl.maximum((c + ejected) - LR * c, 0.0)
         q = tl.maximum(((q + filled) - ejected) + reprocessed, 0.0)
 
-        n = binomial(uniform(mix(key ^ t.to(tl.uint32))), H * c, FIBRES - fired, 6)
+        n = binomial(uniform(mix(key ^ now.to(tl.uint32))), H * c, FIBRES - fired, 6)
         fired += n - ((oldest >> 12) & SIX).to(tl.int32)
         oldest = ((oldest << 6) | (middle >> 54)) & THREE_ENTRIES
         middle = ((middle << 6) | (newest >> 54)) & TEN_ENTRIES
@@ -117,7 +118,7 @@ def inner_ear_kernel(
         i = i * decay_i + n.to(tl.float32)
         v = tl.where(wait > 0, 0.0, v * decay_v + weight * i)
         spike = v >= 1.0
-        tl.store(spikes_ptr + count, t + nothing, mask=spike & keep)
+        tl.store(spikes_ptr + count, now, mask=spike & keep)
         count += spike.to(tl.int32)
         wait = tl.where(spike, REFRACTORY, tl.maximum(wait - 1, 0))
         v = tl.where(spike, 0.0, v)

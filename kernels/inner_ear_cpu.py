@@ -176,4 +176,6 @@ def spectrum_kernel(sound, table, nodes, index, weight, channels, M, out):
         for k in range(half):
             m = M - k if k > 0 else 0
             upper = sound[m] * _at(table, at, index, weight, m)
-            out[c * half + k] = (sound[k] * _at(table, at, index, weight, k) + upper.conjugate()) / 2
+            out[c * half + k] = (
+                sound[k] * _at(table, at, index, weight, k) + upper.conjugate()
+            ) / 2

@@ -139,7 +139,9 @@ def transfer(frequencies: Tensor, places: Tensor) -> Tensor:
     j0, j1, y0, y1 = (
         getattr(torch.special, f"bessel_{name}")(s) for name in ("j0", "j1", "y0", "y1")
     )
-    stapes = math.sqrt(2 * STIFFNESS / HEIGHT) * 1j * torch.complex(j0, -y0) / torch.complex(j1, -y1)
+    stapes = (
+        math.sqrt(2 * STIFFNESS / HEIGHT) * 1j * torch.complex(j0, -y0) / torch.complex(j1, -y1)
+    )
     return 2 * w / xi * pressure * stapes
 
 
@@ -294,19 +296,10 @@ class InnerEar:
         return torch.fft.irfft(folded, n=samples)
 
     def _encode_on_cpu(self, windowed: list[np.ndarray], keys: Sequence[int]) -> list[tuple]:
-        from gpn_triton.kernels.inner_ear_cpu import LANES, inner_ear_kernel
+        from gpn_triton.kernels.inner_ear_cpu import LANES
 
-        rates = self.rates.numpy()
-
-        def spikes(sound: Tensor, samples: int, key: int, first: int, stop: int):
-            velocity = self._velocity(sound, samples, slice(first, stop)).numpy()
-            most = samples // (REFRACTORY + 1) + 1
-            found, counts = np.empty((stop - first, most), np.int32), np.empty(stop - first, np.int32)
-            inner_ear_kernel(
-                velocity.reshape(-1), np.uint32(key), rates, found.reshape(-1), counts, samples,
-                stop - first, first, most, np.int32(FIBRES), np.int32(REFRACTORY),
-            )  # fmt: skip
-            return found[np.arange(most) < counts[:, None]], counts
+        def spikes(sound: Tensor, samples: int, key: int, part: slice) -> tuple:
+            return fire(self._velocity(sound, samples, part).numpy(), key, part.start)
 
         threads = torch.get_num_threads()
         with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
@@ -314,14 +307,13 @@ class InnerEar:
             for wave, key in zip(windowed, keys, strict=True):
                 samples = membrane_samples(len(wave))
                 sound = self._spectrum(wave, samples)
-                # a whole number of the kernel's lanes
-                width = max(1, (CPU_MIB << 20) // (16 * samples * LANES)) * LANES
-                stretches = range(0, self.channels, min(width, 64))
-                waiting.append([
-                    pool.submit(spikes, sound, samples, key, first,
-                                min(first + stretches.step, self.channels))
-                    for first in stretches
-                ])  # fmt: skip
+                # a whole number of the kernel's lanes, where memory allows
+                width = min(64, max(1, (CPU_MIB << 20) // (16 * samples * LANES)) * LANES)
+                parts = [
+                    slice(first, min(first + width, self.channels))
+                    for first in range(0, self.channels, width)
+                ]
+                waiting.append([pool.submit(spikes, sound, samples, key, p) for p in parts])
             out = []
             for parts in waiting:
                 times, counts = zip(*(part.result() for part in parts), strict=True)
@@ -350,6 +342,29 @@ class InnerEar:
             for k in range(len(windowed)):
                 found[k].append((spikes[k][valid[k]].cpu().numpy(), counts[k].cpu().numpy()))
         return [_sorted(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
+
+
+def fire(velocity: np.ndarray, key: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Spikes of one recording's channels, computed on this CPU's calling thread.
+
+    Args:
+        velocity [C, T] float64: of the membrane. key: recording_key. first: the ear's number of
+            channel 0 here, which the draws depend on.
+    Returns:
+        the samples at which channels fire, channel by channel, [E] int32; counts [C] int32: how
+        many of them are each one's.
+    """
+    from gpn_triton.kernels.inner_ear_cpu import inner_ear_kernel
+
+    channels, samples = velocity.shape
+    most = samples // (REFRACTORY + 1) + 1
+    found, counts = np.empty((channels, most), np.int32), np.empty(channels, np.int32)
+    inner_ear_kernel(
+        np.ascontiguousarray(velocity).reshape(-1), np.uint32(key), step_constants().numpy(),
+        found.reshape(-1), counts, samples, channels, first, most, np.int32(FIBRES),
+        np.int32(REFRACTORY),
+    )  # fmt: skip
+    return found[np.arange(most) < counts[:, None]], counts
 
 
 def _sorted(samples: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Recordings to a file of events in SHD's layout: in parts, so that it streams and resumes.
 
-    speech.h5.parts/plan.json       what is encoded and how; other parts are never taken up
-    speech.h5.parts/000007.npz      PART recordings' spikes, whole or not there
-    speech.h5                       made of all parts at the end, whole or not there
+speech.h5.parts/plan.json       what is encoded and how; other parts are never taken up
+speech.h5.parts/000007.npz      PART recordings' spikes, whole or not there
+speech.h5                       made of all parts at the end, whole or not there
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def encode_for_prediction(
     # one by one: nobody waits for a group
     for path in paths:
         for sound, _ in _sounds(Recording(path), encoding, 0, _say):
-            rows += ear.encode([sound.wave()], [recording_key(sound.samples, sound.rate, encoding.seed)])
+            rows += ear.encode(
+                [sound.wave()], [recording_key(sound.samples, sound.rate, encoding.seed)]
+            )
             kept.append(path)
     if not kept:
         raise ValueError("no recording could be encoded")
@@ -185,7 +187,9 @@ def _encode_part(
     with tqdm(total=len(own), initial=done, desc=out.name, unit="rec", disable=None) as bar:
         for start, file in zip(starts, files, strict=True):
             if not file.exists():
-                arrays = _encode_some(own[start : start + PART], classes, encoding, copies, ear, bar)
+                arrays = _encode_some(
+                    own[start : start + PART], classes, encoding, copies, ear, bar
+                )
                 write_atomically(file, lambda opened, arrays=arrays: np.savez(opened, **arrays))
     spoken, counts = any(r.speaker is not None for r in own), []
     write_atomically(
@@ -278,14 +282,13 @@ def _assemble(
                 ends = np.cumsum(part["lengths"])
                 for dataset in data.values():
                     dataset.resize((samples + len(ends),))
-                own = slice(samples, samples + len(ends))
                 for name in ("times", "units"):
-                    rows = np.empty(len(ends), object)
-                    rows[:] = np.split(part[name], ends[:-1]) if len(ends) else []
-                    data[f"spikes/{name}"][own] = rows
-                data["labels"][own] = part["labels"]
+                    # row by row: of one row h5py would make as many as it has elements
+                    for k, row in enumerate(np.split(part[name], ends)[:-1], samples):
+                        data[f"spikes/{name}"][k] = row
+                data["labels"][samples:] = part["labels"]
                 if spoken:
-                    data["extra/speaker"][own] = part["speakers"].astype(object)
+                    data["extra/speaker"][samples:] = part["speakers"].astype(object)
                 samples += len(ends)
                 skipped, noted = skipped + part["counts"][0], noted + part["counts"][1]
         if not samples:

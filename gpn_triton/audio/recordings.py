@@ -222,7 +222,9 @@ class Variation:
     def __post_init__(self):
         for name, top in (("speed", 1), ("snr", 200), ("gain", 60)):
             if not 0 <= getattr(self, name) < top:
-                raise ValueError(f"{name}: expected 0 <= value < {top}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected 0 <= value < {top}, got {getattr(self, name)!r}"
+                )
 
     def __call__(self, sound: Sound, key: int, copy: int) -> Sound:
         """A changed copy, number `copy`, of a recording whose draws have the key recording_key."""
