@@ -155,8 +155,8 @@ def build_parser() -> Parser:
     """The command's parser."""
     parser = Parser(
         prog="python -m gpn_triton.predict",
-        description="Classify the samples of a file, or recordings, with the best weights of a run. "
-        "Recordings are encoded as the run's data were.",
+        description="Classify the samples of a file, or recordings, with the best weights of a "
+        "run. Recordings are encoded as the run's data were.",
         epilog="Everything is computed in float64 and the logits are rounded to float32, so that "
         "--stream, --batch-size and --device do not change a prediction. In float32 or bf16, as in "
         "training, a spike at the edge of its threshold may fall otherwise: an accuracy may differ "
@@ -165,7 +165,7 @@ def build_parser() -> Parser:
     # fmt: off
     parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
     parser.add_argument("file", metavar="FILE",
-        help="The samples: FILE.h5 in SHD's layout, a recording (WAV, FLAC, OGG) or a folder of them.")
+        help="The samples: FILE.h5 in SHD's layout, a recording (WAV, FLAC, OGG), a folder of them.")
     parser.add_argument("--out", default="predictions.csv", metavar="FILE.csv",
         help="Names the file to write, or - for the standard output; a file that is there is "
         "replaced (default: %(default)s).")

@@ -15,8 +15,8 @@ are those of ear.step_constants, per sample:
 
 Every fibre of a channel has the same p and weighs the same in I, so how many fire is all that
 matters; given how many are not refractory that number is binomial, exactly. One draw takes the
-place of 40. It is found by inversion: the least n for which the sum of the first n + 1 probabilities
-exceeds a uniform number, which is a hash of the recording's key, the channel and the sample.
+place of 40. It is found by inversion: the least n for which the sum of the first n + 1
+probabilities exceeds a uniform number, a hash of the recording's key, the channel and the sample.
 
 Grid: one program per (recording, BLOCK channels); the time loop runs inside it, all state in
 registers. What fired in the last 23 samples is a queue of 6 bits each in three int64.
@@ -28,13 +28,12 @@ Read: 4 bytes a channel and sample; written: 4 a spike. About 110 operations a c
 Precision: float32, one rounding an operation (enable_fp_fusion=False, div_rn), so that the bits are
 those of the twin for a CPU.
 
-Source: Meddis, J. Acoust. Soc. Am. 79 (1986) 702 and 83 (1988) 1056; Cramer et al., IEEE TNNLS 2020,
-appendix. Twins: kernels/inner_ear_cpu.py, gpn_triton/audio/reference.py in float64.
+Source: Meddis, J. Acoust. Soc. Am. 79 (1986) 702 and 83 (1988) 1056; Cramer et al., IEEE TNNLS
+2020, appendix. Twins: kernels/inner_ear_cpu.py, gpn_triton/audio/reference.py in float64.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

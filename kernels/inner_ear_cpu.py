@@ -176,6 +176,5 @@ def spectrum_kernel(sound, table, nodes, index, weight, channels, M, out):
         for k in range(half):
             m = M - k if k > 0 else 0
             upper = sound[m] * _at(table, at, index, weight, m)
-            out[c * half + k] = (
-                sound[k] * _at(table, at, index, weight, k) + upper.conjugate()
-            ) / 2
+            lower = sound[k] * _at(table, at, index, weight, k)
+            out[c * half + k] = (lower + upper.conjugate()) / 2

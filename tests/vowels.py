@@ -27,7 +27,7 @@ def vowel(label: str, speaker: int, index: int, seconds: float = 0.4) -> np.ndar
     return (0.5 * sound / np.abs(sound).max()).astype(np.float32)
 
 
-def write_vowels(folder: Path, speakers: int = 5, each: int = 8) -> None:
+def write_vowels(folder: Path, speakers: int = 5, each: int = 8, seconds: float = 0.4) -> None:
     """Write FOLDER/train and FOLDER/new: recordings by class, those in new of a further speaker."""
     import soundfile
 
@@ -37,7 +37,7 @@ def write_vowels(folder: Path, speakers: int = 5, each: int = 8) -> None:
             own.mkdir(parents=True, exist_ok=True)
             for index in range(each):
                 path = own / f"s{speaker}_nohash_{index}.wav"
-                soundfile.write(path, vowel(label, speaker, index), RATE)
+                soundfile.write(path, vowel(label, speaker, index, seconds), RATE)
 
 
 if __name__ == "__main__":

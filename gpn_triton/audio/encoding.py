@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,9 +148,8 @@ def encode_for_prediction(
     # one by one: nobody waits for a group
     for path in paths:
         for sound, _ in _sounds(Recording(path), encoding, 0, _say):
-            rows += ear.encode(
-                [sound.wave()], [recording_key(sound.samples, sound.rate, encoding.seed)]
-            )
+            key = recording_key(sound.samples, sound.rate, encoding.seed)
+            rows += ear.encode([sound.wave()], [key])
             kept.append(path)
     if not kept:
         raise ValueError("no recording could be encoded")
@@ -176,7 +174,7 @@ def _encode_part(
     plan_file = folder / "plan.json"
     if plan_file.exists() and plan_file.read_text() != plan:
         raise ValueError(
-            f"{folder}: holds parts of other recordings or options; remove it, or choose another --out"
+            f"{folder}: holds parts of other recordings or options: remove it, or change --out"
         )
     write_atomically(plan_file, lambda file: file.write(plan.encode()))
     starts = range(0, len(own), PART)
@@ -187,9 +185,8 @@ def _encode_part(
     with tqdm(total=len(own), initial=done, desc=out.name, unit="rec", disable=None) as bar:
         for start, file in zip(starts, files, strict=True):
             if not file.exists():
-                arrays = _encode_some(
-                    own[start : start + PART], classes, encoding, copies, ear, bar
-                )
+                some = own[start : start + PART]
+                arrays = _encode_some(some, classes, encoding, copies, ear, bar)
                 write_atomically(file, lambda opened, arrays=arrays: np.savez(opened, **arrays))
     spoken, counts = any(r.speaker is not None for r in own), []
     write_atomically(

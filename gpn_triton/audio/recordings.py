@@ -131,7 +131,7 @@ def _of_flat(path: Path) -> Recording:
     words = path.stem.split("_")
     if len(words) < 3 or not all(words):
         raise ValueError(
-            f"{path}: expected a name as LABEL_SPEAKER_INDEX{path.suffix}, or a folder for each class"
+            f"{path}: expected a name as LABEL_SPEAKER_INDEX{path.suffix}, or a folder a class"
         )
     return Recording(path, "_".join(words[:-2]), words[-2])
 
