@@ -165,7 +165,7 @@ def build_parser() -> Parser:
     # fmt: off
     parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
     parser.add_argument("file", metavar="FILE",
-        help="The samples: FILE.h5 in SHD's layout, a recording (WAV, FLAC, OGG), a folder of them.")
+        help="The samples: FILE.h5 in SHD's layout, a recording (WAV, FLAC, OGG) or a folder.")
     parser.add_argument("--out", default="predictions.csv", metavar="FILE.csv",
         help="Names the file to write, or - for the standard output; a file that is there is "
         "replaced (default: %(default)s).")
