@@ -199,6 +199,19 @@ def _between_nodes(samples: int) -> tuple[Tensor, Tensor]:
     return first.long(), torch.stack(weights, 1)
 
 
+def folded_spectrum(sound: Tensor, table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """inner_ear_cpu.spectrum_kernel's twin in torch, [C, samples // 2 + 1] complex128.
+
+    Args:
+        sound [samples] complex128. table [C, nodes] complex128. index [samples] int64, weights
+        [samples, 4] float64: as _between_nodes gives them.
+    """
+    half = len(sound) // 2 + 1
+    whole = sum(table[:, index + j] * weights[:, j] for j in range(4)) * sound
+    upper = whole.roll(-1, 1).flip(1)[:, :half].conj()
+    return (whole[:, :half] + upper) / 2
+
+
 def membrane_samples(n: int) -> int:
     """Samples of the membrane for n of the wave: n / 2 + 1 and up to the next product of RADICES,
     so that its transform is fast: a five-hundredth more on average, silence behind the window."""
@@ -292,9 +305,7 @@ class InnerEar:
                 weights.numpy().reshape(-1), len(table), samples, folded.numpy().reshape(-1),
             )  # fmt: skip
         else:
-            folded = sum(table[:, index + j] * weights[:, j] for j in range(4)) * sound
-            upper = folded.roll(-1, 1).flip(1)[:, :half].conj()
-            folded = (folded[:, :half] + upper) / 2
+            folded = folded_spectrum(sound, table, index, weights)
         # the real part of the inverse transform of all samples is that of the folded half
         return torch.fft.irfft(folded, n=samples)
 
@@ -310,8 +321,9 @@ class InnerEar:
             for wave, key in zip(windowed, keys, strict=True):
                 samples = membrane_samples(len(wave))
                 sound = self._spectrum(wave, samples)
+                width = (CPU_MIB << 20) // (16 * samples)
                 # a whole number of the kernel's lanes, where memory allows
-                width = min(64, max(1, (CPU_MIB << 20) // (16 * samples * LANES)) * LANES)
+                width = min(64, width // LANES * LANES or max(1, width))
                 parts = [
                     slice(first, min(first + width, self.channels))
                     for first in range(0, self.channels, width)
