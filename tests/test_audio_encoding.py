@@ -169,7 +169,7 @@ def test_copies_are_drawn_from_the_seed_and_only_of_training_recordings(tmp_path
     (["--out", "x.h5", "--gain", "3"], "gain: has no effect without --copies"),
     (["--out", "x.h5", "--channels", "0"], "channels: expected 1..65536, got 0"),
     (["--out", "x.wav"], "out: expected a name ending in .h5"),
-    (["--out", "x.h5", "--max-seconds", "601"], "max_seconds: expected 0.01..600.0"),
+    (["--out", "x.h5", "--max-seconds", "600"], "max_seconds: expected 0.01..590, got 600.0"),
     (["--out", "x.png", "--plot", "--copies", "1"], "copies: has no effect beside --plot"),
     (["--out", "x.h5"], "expected a folder or a CSV file, found nothing there"),
 ])  # fmt: skip

@@ -25,12 +25,14 @@ from tqdm import tqdm
 from gpn_triton.audio import recordings
 from gpn_triton.audio.ear import InnerEar, recording_key
 from gpn_triton.audio.recordings import PARTS, Recording, Variation
-from gpn_triton.data.events import MAX_SECONDS, EventStore
+from gpn_triton.data.events import EventStore
 from gpn_triton.data.sources.hdf5 import check_file
 from gpn_triton.machine.files import write_atomically
 from gpn_triton.machine.provenance import VERSION
 
 ATTRIBUTE = "encoding"
+# seconds; an event store takes 600 s, and a little silence is put behind a recording
+LONGEST = 590
 # recordings of one file of parts, and seconds that go through the ear side by side
 PART, SIDE_BY_SIDE = 64, 60.0
 
@@ -56,7 +58,7 @@ class Encoding:
     def __post_init__(self):
         for name, low, high in (
             ("channels", 1, 1 << 16), ("seed", 0, (1 << 32) - 1), ("copies", 0, 1000),
-            ("max_seconds", recordings.SHORTEST, MAX_SECONDS),
+            ("max_seconds", recordings.SHORTEST, LONGEST),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: expected {low}..{high}, got {getattr(self, name)!r}")
