@@ -224,7 +224,7 @@ class TrainConfig:
             ("seed", len(set(self.seed)) == len(self.seed), "different seeds"),
             ("accumulate", self.accumulate <= batch, f"at most batch_size ({batch})"),
             ("warmup_epochs", self.warmup_epochs < epochs, f"fewer than epochs ({epochs})"),
-            ("dataset", named, f"{', '.join(DATASETS)}, a file ending in .h5 or a folder"),
+            ("dataset", named, f"{', '.join(DATASETS)} or a file ending in .h5, or a folder"),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")
