@@ -40,8 +40,8 @@ PANEL = 2 * LANES
 DEPTH = 128
 # no nnan, no ninf: NaN stays visible. No reassoc: exp relies on the order of a sum
 OPTIONS = dict(fastmath={"contract", "nsz"}, error_model="numpy")
-# one rounding an operation, as a Triton kernel without fp fusion has: the same bits on both
-EXACT = OPTIONS | {"fastmath": {"nsz"}}
+# one rounding an operation: no multiplication is contracted with its addition
+EXACT = dict(error_model="numpy")
 
 
 class _Disjoint(Compiler):
@@ -52,9 +52,10 @@ class _Disjoint(Compiler):
         self.state.flags.noalias = True
 
 
-INNER = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_Disjoint)
-inner = numba.njit(**INNER, **OPTIONS)
-inner_exact = numba.njit(**INNER, **EXACT)
+_WITHIN = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner = numba.njit(pipeline_class=_Disjoint, **_WITHIN, **OPTIONS)
+exact_inner = numba.njit(**_WITHIN, **EXACT)
+exact_disjoint = numba.njit(pipeline_class=_Disjoint, **_WITHIN, **EXACT)
 
 
 def kernel(*files: str, options: dict = OPTIONS):
@@ -264,6 +265,12 @@ def weight_gradient_kernel(
         for m in range(rows):
             g_bias[first + m] += bias[m]
             bias[m] = 0
+
+
+def is_compiled(kernel) -> bool:
+    """Whether this process or this machine's cache holds the kernel, if of an older program."""
+    file = getattr(kernel._cache, "_cache_file", None)
+    return bool(kernel.signatures) or (file is not None and os.path.exists(file._index_path))
 
 
 def flat(a: Tensor | None, like: Tensor) -> np.ndarray:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpn_triton.kernels.cpu import EXACT, inner, inner_exact, kernel, row
+from gpn_triton.kernels.cpu import EXACT, exact_disjoint, inner, kernel, row
 
 # channels side by side, two vectors of AVX2; samples transposed at a time
 LANES, BLOCK = 16, 64
@@ -30,7 +30,7 @@ MIX_1, MIX_2 = np.uint32(0x21F0AAAD), np.uint32(0x735A2D97)
 S15, S16, S8 = np.uint32(15), np.uint32(16), np.uint32(8)
 
 
-@inner_exact
+@exact_disjoint
 def mix(h):
     """binning.mix: a hash of 32 bits."""
     h = np.uint32(h + GOLDEN)
@@ -39,7 +39,7 @@ def mix(h):
     return np.uint32(h ^ (h >> S15))
 
 
-@inner_exact
+@exact_disjoint
 def _hair_cells(x, rates, q, c, w, fired, keys, t, fibres, p, none, u, searching):
     """Pools after sample t, and for each lane the probability that none of its fibres fires."""
     A, B, G, Y, X, R, LR, H = (
@@ -70,7 +70,7 @@ def _hair_cells(x, rates, q, c, w, fired, keys, t, fibres, p, none, u, searching
         searching[j] = np.int32(1) if u[j] >= left and trials > 0 else np.int32(0)
 
 
-@inner_exact
+@exact_disjoint
 def _search(u, p, trials, total):
     """How many of so many trials succeed; total: the probability of none, not above u."""
     odds, term = p / (ONE - p), total
@@ -82,7 +82,7 @@ def _search(u, p, trials, total):
     return np.int32(trials)
 
 
-@inner_exact
+@exact_disjoint
 def _bushy_cells(n, oldest, fired, i, v, wait, rates, refractory, spike):
     """Queue, current and membrane after sample t; returns how many lanes fire."""
     decay_i, decay_v, weight, firing = rates[11], rates[12], rates[13], np.int32(0)

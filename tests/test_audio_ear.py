@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("numba")
-
-from gpn_triton.audio import ear, reference  # noqa: E402
+from gpn_triton.audio import ear, reference
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

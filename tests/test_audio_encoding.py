@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("numba")
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # a room: its modules, and the rooms below it that it imports; `commands` is the package's folder
 ROOMS = {
     "kernels": (
-        "binning cpu gpn_backward gpn_cpu gpn_forward inner_ear inner_ear_cpu offline operands "
+        "binning binning_cpu cpu events_cpu gpn_backward gpn_cpu gpn_forward inner_ear "
+        "inner_ear_cpu offline operands "
         "pointwise pointwise_cpu spikes tiles",
         "",
     ),
@@ -38,8 +39,8 @@ ROOMS = {
 }
 # whoever else imports a kernel
 KERNEL_IMPORTERS = {
-    "neurons.explain", "neurons.gpn", "neurons.recurrence_torch", "neurons.spike_linear",
-    "data.binning", "audio.ear",
+    "neurons.explain", "neurons.gpn", "neurons.recurrence_torch", "neurons.event_linear",
+    "neurons.spike_linear", "data.binning", "audio.ear",
 }  # fmt: skip
 # what the package's face shows comes from here
 FACE = {

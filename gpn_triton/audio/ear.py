@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import math
 import threading
 from collections.abc import Sequence
@@ -251,13 +250,10 @@ class InnerEar:
         if not 1 <= channels <= 1 << 16:
             raise ValueError(f"channels: expected 1..{1 << 16}, got {channels}")
         self.channels, self.device = channels, torch.device(device)
-        if self.device.type == "cpu":
-            if importlib.util.find_spec("numba") is None:
-                raise RuntimeError(
-                    "the ear's kernels for a CPU need numba (pip install 'gpn-triton[audio]')"
-                )
-        elif reason := triton_unavailable(torch.empty(0, device=self.device)):
-            raise RuntimeError(f"the ear's kernels cannot run: {reason}")
+        if self.device.type != "cpu":
+            reason = triton_unavailable(torch.empty(0, device=self.device))
+            if reason:
+                raise RuntimeError(f"the ear's kernels cannot run: {reason}")
         self.table = transfer_table(channels).to(self.device)
         self.rates = step_constants().to(self.device)
 
