@@ -55,6 +55,7 @@ class _Disjoint(Compiler):
 _WITHIN = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 inner = numba.njit(pipeline_class=_Disjoint, **_WITHIN, **OPTIONS)
 exact_inner = numba.njit(**_WITHIN, **EXACT)
+exact_disjoint = numba.njit(pipeline_class=_Disjoint, **_WITHIN, **EXACT)
 
 
 def kernel(*files: str, options: dict = OPTIONS):

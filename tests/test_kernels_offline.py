@@ -135,6 +135,20 @@ def most_shared(options: dict, way: str, stages: int) -> int:
     return fixed + (stages - 1) * stage
 
 
+def compile_inner_ear(capability: int) -> list[dict]:
+    """Reports of the ear's kernel for recordings of two sizes."""
+    import torch
+
+    from gpn_triton.kernels import offline
+    from gpn_triton.kernels.inner_ear import inner_ear
+
+    with offline.compiling(capability) as found:
+        for R, C, row in ((1, 33, 40), (2, 700, 24_010)):
+            ints = torch.zeros(R, dtype=torch.int32)
+            inner_ear(torch.zeros(R, C, row), ints, ints, torch.zeros(14), 0, 40, 24)
+    return [asdict(offline.read(*entry)) for entry in found]
+
+
 def compile_group(group: str) -> dict:
     """What the tests ask about a group, as JSON holds it."""
     from bench.offline import Layer, faults
@@ -151,6 +165,7 @@ def compile_group(group: str) -> dict:
     found = {"layers": layers}
     if group == "sample":
         found["versions"] = {f"{N}-{dtype}": recompiled(N, dtype) for N, dtype in UNCHANGED}
+        found["inner ear"] = {capability: compile_inner_ear(capability) for capability in (80, 90)}
         found["binning"] = {
             f"{case}-{capability}": compile_binning(*options, capability)
             for case, options in BINNING.items()
@@ -215,6 +230,14 @@ def test_binning_neither_spills_nor_fuses_nor_depends_on_sizes(case, capability)
         assert report["stack_bytes"] == report["local_accesses"] == report["fused"] == 0, report
         # eight programs of four warps and more share a multiprocessor
         assert report["registers"] <= 64
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_ear_compiles_once_for_all_sizes_and_does_not_spill(capability):
+    (report,) = compiled("sample")["inner ear"][str(capability)]
+    assert report["stack_bytes"] == report["local_accesses"] == 0
+    # 32 programs of a warp and more share a multiprocessor
+    assert report["registers"] <= 64
 
 
 @pytest.mark.parametrize("changes, named", [

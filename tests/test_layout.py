@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # a room: its modules, and the rooms below it that it imports; `commands` is the package's folder
 ROOMS = {
     "kernels": (
-        "binning binning_cpu cpu events_cpu gpn_backward gpn_cpu gpn_forward lif_cpu offline "
-        "operands pointwise pointwise_cpu spikes tiles",
+        "binning binning_cpu cpu events_cpu gpn_backward gpn_cpu gpn_forward inner_ear "
+        "inner_ear_cpu lif_cpu offline operands pointwise pointwise_cpu spikes tiles",
         "",
     ),
     "machine": ("device distributed files graphs interrupt profile provenance", ""),
@@ -33,12 +33,14 @@ ROOMS = {
         "trackers",
         "data neurons machine",
     ),
-    "commands": ("export predict train", "training data neurons machine"),
+    "audio": ("ear encoding picture recordings reference", "data machine kernels"),
+    "commands": ("encode export predict train", "training audio data neurons machine"),
 }
 # whoever else imports a kernel
 KERNEL_IMPORTERS = {
     "neurons.derivatives", "neurons.explain", "neurons.gpn", "neurons.lif",
     "neurons.recurrence_torch", "neurons.event_linear", "neurons.spike_linear", "data.binning",
+    "audio.ear",
 }  # fmt: skip
 # what the package's face shows comes from here
 FACE = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,7 +110,8 @@ class TrainConfig:
         help="Logs every epoch to these trackers, too; each is an extra of that name to install.")
 
     dataset: str = option("Data", "synthetic", newcomer=True, result=False, metavar="NAME",
-        help=f"Chooses the data: {', '.join(DATASETS)} or FILE.h5 in SHD's layout.")
+        help=f"Chooses the data: {', '.join(DATASETS)}, FILE.h5 in SHD's layout, or a folder of "
+        "recordings, which the ear encodes once into --cache-dir.")
     train_file: str | None = option("Data", None, newcomer=True, result=False, metavar="FILE.h5",
         help="Trains on a file of your own, in SHD's layout, instead of --dataset.")
     valid_file: str | None = option("Data", None, result=False, metavar="FILE.h5",
@@ -217,11 +219,12 @@ class TrainConfig:
             _check_value(f, value)
         batch, epochs = self.batch_size, self.epochs
         named = self.dataset in DATASETS or self.dataset.endswith((".h5", ".hdf5"))
+        named = named or os.path.isdir(self.dataset) or self.train_file is not None
         for name, fits, expected in (
             ("seed", len(set(self.seed)) == len(self.seed), "different seeds"),
             ("accumulate", self.accumulate <= batch, f"at most batch_size ({batch})"),
             ("warmup_epochs", self.warmup_epochs < epochs, f"fewer than epochs ({epochs})"),
-            ("dataset", named, f"{', '.join(DATASETS)} or a file ending in .h5"),
+            ("dataset", named, f"{', '.join(DATASETS)} or a file ending in .h5, or a folder"),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")

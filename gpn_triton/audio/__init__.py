@@ -1,0 +1,1 @@
+"""Sound to events: the inner ear, recordings, and the files made of them."""
