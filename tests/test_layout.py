@@ -17,7 +17,7 @@ ROOMS = {
         "spikes tiles",
         "",
     ),
-    "machine": ("device distributed files graphs interrupt profile provenance", ""),
+    "machine": ("device distributed figure files graphs interrupt profile provenance", ""),
     "neurons": (
         "checks cost derivatives event_linear explain gpn gpn_options layers networks "
         "recurrence_torch reference spike_linear surrogate",
@@ -33,7 +33,8 @@ ROOMS = {
         "trackers",
         "data neurons machine",
     ),
-    "commands": ("export predict train", "training data neurons machine"),
+    "analysis": ("grid subject table", "training data neurons machine"),
+    "commands": ("export predict reproduce train", "analysis training data neurons machine"),
 }
 # whoever else imports a kernel
 KERNEL_IMPORTERS = {

@@ -40,6 +40,7 @@ class Neuron:
     sparse_input: whether a SpikeLinear makes its current, so that a network's input may be Cells;
         other layers have products of their own.
     needs_time_bins: whether it sees all bins at once, so that their number is fixed.
+    spiking: whether its output is spikes.
     """
 
     build: Callable[[int, int, GPNOptions], nn.Module]
@@ -47,6 +48,7 @@ class Neuron:
     is_gpn: bool = False
     sparse_input: bool = True
     needs_time_bins: bool = False
+    spiking: bool = True
 
 
 def _gpn(variant: str) -> Neuron:
@@ -58,7 +60,12 @@ def _gpn(variant: str) -> Neuron:
 
 def _twin(layer: type[nn.Module], gates: int) -> Neuron:
     """A layer of torch that is no spiking neuron, of the same sizes."""
-    return Neuron(lambda inputs, N, _: layer(inputs, N), cost.gated(gates), sparse_input=False)
+    return Neuron(
+        lambda inputs, N, _: layer(inputs, N),
+        cost.gated(gates),
+        sparse_input=False,
+        spiking=False,
+    )
 
 
 NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for variant in GATES} | {
@@ -69,7 +76,10 @@ NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for v
     "gru": _twin(nn.GRU, 3),
     "rnn": _twin(nn.RNN, 1),
     "cnn": Neuron(
-        lambda inputs, N, _: Convolution(inputs, N), sparse_input=False, needs_time_bins=True
+        lambda inputs, N, _: Convolution(inputs, N),
+        sparse_input=False,
+        needs_time_bins=True,
+        spiking=False,
     ),
 }
 READOUTS = ("mean", "last")

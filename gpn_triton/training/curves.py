@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gpn_triton.machine.files import write_atomically
+from gpn_triton.machine.figure import new_figure, save_figure
 from gpn_triton.training.objective import Epoch
 
 
@@ -14,13 +14,8 @@ def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
     Raises:
         ModuleNotFoundError: matplotlib, an extra (`plot`), is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     at = [epoch.epoch for epoch in epochs]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
+    figure, ((left, middle, right),) = new_figure(1, 3, (3.7, 3.4))
     for axes, key, scale, label in (
         (left, "loss", 1, "cross-entropy"),
         (middle, "accuracy", 100, "accuracy, %"),
@@ -37,8 +32,7 @@ def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
     for axes in (left, middle, right):
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
     best = max(epochs, key=lambda epoch: (epoch.valid_accuracy, -epoch.valid_loss))
     middle.axvline(best.epoch, color="0.6", linewidth=0.8, linestyle=":")
     figure.suptitle(title, fontsize=10)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_figure(path, figure)

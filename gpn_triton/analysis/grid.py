@@ -1,0 +1,189 @@
+"""A grid of trainings: every neuron at the best of a few learning rates, with several seeds.
+
+A cell is one training, a run folder and a process of its own: what is finished is not done again,
+what was interrupted goes on, and a cell that fails leaves the others alone. The rate is chosen by
+the first seed's validation accuracy; the other seeds are trained at that rate only. The test part
+chooses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gpn_triton.training import run_folder
+from gpn_triton.training.options import TrainConfig, difference
+from gpn_triton.training.run import Interrupted, Interruption
+
+LOG = "log.txt"
+# between two looks at the processes
+WAIT_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid."""
+
+    neuron: str
+    lr: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.neuron}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: its result.json, or the last line that it said before it failed."""
+
+    result: dict[str, Any] | None
+    failure: str = ""
+
+
+Outcomes = dict[Cell, Outcome]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which networks are trained, and where.
+
+    base: the options of every cell but neuron, lr and seed; its seeds are the grid's.
+    neurons: their names. rates: learning rates to choose from. out: the folder of the cells.
+    jobs: trainings at once.
+    """
+
+    base: TrainConfig
+    neurons: Sequence[str]
+    rates: Sequence[float]
+    out: Path
+    jobs: int = 1
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell's files lie."""
+        return self.out / str(cell)
+
+    def search(self) -> list[Cell]:
+        """The cells among whose rates the validation chooses."""
+        return [Cell(n, rate, self.base.seed[0]) for n in self.neurons for rate in self.rates]
+
+    def repeats(self, outcomes: Outcomes) -> list[Cell]:
+        """The cells of the other seeds, each neuron's at its best rate."""
+        best = best_rates(outcomes)
+        return [Cell(n, rate, seed) for n, rate in best.items() for seed in self.base.seed[1:]]
+
+    def train(self) -> Outcomes:
+        """Train what is not trained yet; what became of every cell.
+
+        Raises:
+            Interrupted: after SIGTERM or Ctrl-C, once every process has saved its state.
+            ValueError: a cell's folder holds a run of other options.
+        """
+        cells = len(self.neurons) * (len(self.rates) + len(self.base.seed) - 1)
+        with Interruption() as interruption, tqdm(
+            total=cells * self.base.epochs, unit=" epochs", desc="grid", disable=None
+        ) as bar:  # fmt: skip
+            outcomes = self._train(self.search(), interruption, bar)
+            return outcomes | self._train(self.repeats(outcomes), interruption, bar)
+
+    def _train(self, cells: list[Cell], interruption: Interruption, bar: tqdm) -> Outcomes:
+        for cell in cells:
+            self._prepare(cell)
+        before, done = bar.n, self._epochs(cells)
+        # so that the time left is told by what is trained now
+        bar.initial, bar.n = bar.initial + done, bar.n + done
+        waiting = [cell for cell in cells if not (self.folder(cell) / run_folder.RESULT).exists()]
+        running: dict[int, tuple[Cell, subprocess.Popen]] = {}
+        while waiting or running:
+            for slot in range(self.jobs):
+                if waiting and slot not in running:
+                    cell = waiting.pop(0)
+                    running[slot] = cell, self._start(cell, slot)
+            time.sleep(WAIT_SECONDS)
+            bar.update(before + self._epochs(cells) - bar.n)
+            if interruption.signal:
+                self._stop([process for _, process in running.values()])
+                saved = f"all in {self.out}; the same command goes on"
+                raise Interrupted(interruption.signal, saved)
+            for slot, (cell, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    if process.returncode:
+                        bar.write(f"{cell} failed: {self._outcome(cell).failure}")
+        return {cell: self._outcome(cell) for cell in cells}
+
+    def _stop(self, processes: list[subprocess.Popen]) -> None:
+        """Have every process save its state and end."""
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+    def _prepare(self, cell: Cell) -> None:
+        """Make a cell's folder, or make sure that it is this cell's."""
+        folder = self.folder(cell)
+        cfg = replace(self.base, neuron=cell.neuron, lr=cell.lr, seed=(cell.seed,))
+        if (folder / run_folder.CONFIG).exists():
+            there = run_folder.read_options(folder, "out")
+            if differs := difference(there, cfg.to_dict()):
+                raise ValueError(f"out: {folder} is a run of other options: {differs}")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        run_folder.write_json(folder / run_folder.CONFIG, cfg.to_dict())
+
+    def _start(self, cell: Cell, slot: int) -> subprocess.Popen:
+        """Train a cell in a process of its own, which Ctrl-C here does not reach."""
+        environment = dict(os.environ)
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.jobs)))
+        gpus = torch.cuda.device_count()
+        if gpus > 1 and self.base.device in ("auto", "cuda"):
+            environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % gpus))
+        command = [sys.executable, "-m", "gpn_triton.train", "--resume", str(self.folder(cell))]
+        with (self.folder(cell) / LOG).open("w") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    def _epochs(self, cells: Iterable[Cell]) -> int:
+        """How many epochs of some cells are finished."""
+        paths = [self.folder(cell) / run_folder.METRICS for cell in cells]
+        # the first line is the header
+        return sum(max(0, p.read_bytes().count(b"\n") - 1) for p in paths if p.exists())
+
+    def _outcome(self, cell: Cell) -> Outcome:
+        path = self.folder(cell) / run_folder.RESULT
+        if path.exists():
+            return Outcome(json.loads(path.read_text(encoding="utf-8")))
+        log = self.folder(cell) / LOG
+        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+        said = [line.strip() for line in lines if line.strip()]
+        return Outcome(None, said[-1] if said else "not trained yet")
+
+
+def best_rates(outcomes: Outcomes) -> dict[str, float]:
+    """Each neuron's learning rate of the best validation; none for one that failed at all rates.
+
+    Args:
+        outcomes: of one seed. Of equal rates the one that comes first counts.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for cell, result in finished(outcomes):
+        accuracy = result["valid_accuracy"]
+        if cell.neuron not in best or accuracy > best[cell.neuron][0]:
+            best[cell.neuron] = accuracy, cell.lr
+    return {neuron: rate for neuron, (_, rate) in best.items()}
+
+
+def finished(outcomes: Outcomes) -> Iterable[tuple[Cell, dict[str, Any]]]:
+    """The cells that have a result, with it."""
+    return ((cell, o.result) for cell, o in outcomes.items() if o.result is not None)
