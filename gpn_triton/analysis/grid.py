@@ -88,19 +88,18 @@ class Grid:
             Interrupted: after SIGTERM or Ctrl-C, once every process has saved its state.
             ValueError: a cell's folder holds a run of other options.
         """
-        cells = len(self.neurons) * (len(self.rates) + len(self.base.seed) - 1)
-        with Interruption() as interruption, tqdm(
-            total=cells * self.base.epochs, unit=" epochs", desc="grid", disable=None
-        ) as bar:  # fmt: skip
-            outcomes = self._train(self.search(), interruption, bar)
+        total = len(self.neurons) * (len(self.rates) + len(self.base.seed) - 1) * self.base.epochs
+        search = self.search()
+        done = self._epochs({*search, *self.repeats({c: self._outcome(c) for c in search})})
+        bar = tqdm(total=total, initial=done, unit=" epochs", desc="grid", disable=None)
+        with Interruption() as interruption, bar:
+            outcomes = self._train(search, interruption, bar)
             return outcomes | self._train(self.repeats(outcomes), interruption, bar)
 
     def _train(self, cells: list[Cell], interruption: Interruption, bar: tqdm) -> Outcomes:
         for cell in cells:
             self._prepare(cell)
-        before, done = bar.n, self._epochs(cells)
-        # so that the time left is told by what is trained now
-        bar.initial, bar.n = bar.initial + done, bar.n + done
+        done = self._epochs(cells)
         waiting = [cell for cell in cells if not (self.folder(cell) / run_folder.RESULT).exists()]
         running: dict[int, tuple[Cell, subprocess.Popen]] = {}
         while waiting or running:
@@ -109,7 +108,9 @@ class Grid:
                     cell = waiting.pop(0)
                     running[slot] = cell, self._start(cell, slot)
             time.sleep(WAIT_SECONDS)
-            bar.update(before + self._epochs(cells) - bar.n)
+            now = self._epochs(cells)
+            bar.update(now - done)
+            done = now
             if interruption.signal:
                 self._stop([process for _, process in running.values()])
                 saved = f"all in {self.out}; the same command goes on"
