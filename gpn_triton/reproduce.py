@@ -14,7 +14,7 @@ from typing import Any
 
 from gpn_triton.analysis.grid import Grid
 from gpn_triton.analysis.subject import load_data
-from gpn_triton.analysis.table import markdown, rows_of, write_table
+from gpn_triton.analysis.table import rows_of, table, write_table
 from gpn_triton.data.datasets import DATASETS
 from gpn_triton.machine import interrupt
 from gpn_triton.machine.figure import new_figure
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = rows_of(grid.neurons, outcomes)
         write_table(grid.out, rows, f"{'-'.join(map(str, grid.base.hidden))}, "
                     f"T = {grid.base.time_bins}, {splits.description.split(':')[0]}")  # fmt: skip
-        print(f"{markdown(rows)}{grid.out}: {len(outcomes)} trainings")
+        print(f"{table(rows)}{grid.out}: {len(outcomes)} trainings")
         return int(any(outcome.result is None for outcome in outcomes.values()))
     except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

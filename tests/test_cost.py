@@ -40,8 +40,8 @@ def test_floors_are_the_design_s_and_the_slower_of_arithmetic_and_traffic():
     work = cost.Count(flops=6.0, bytes=10.0)
     assert cost.floor_seconds(work, machine.Ceilings(2.0, 5.0, "")) == 3.0
     assert cost.floor_seconds(work, machine.Ceilings(3.0, 2.0, "")) == 5.0
-    # the two that are not counted have none
-    assert set(COUNTED) == set(NEURONS) - {"cuba-lif", "cnn"}
+    # the one that is not counted has none
+    assert set(COUNTED) == set(NEURONS) - {"cnn"}
     for name, row in NEURONS.items():
         none = cost.training_floor(row.work, [8], 12, 3, 5, 7, None, H200) is None
         assert none == (name not in COUNTED), name

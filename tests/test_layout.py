@@ -33,8 +33,15 @@ ROOMS = {
         "trackers",
         "data neurons machine",
     ),
-    "analysis": ("grid subject table", "training data neurons machine"),
-    "commands": ("export predict reproduce train", "analysis training data neurons machine"),
+    "analysis": (
+        "distributions energy gradients grid heterogeneity pictures replay report subject table "
+        "tasks",
+        "training data neurons machine",
+    ),
+    "commands": (
+        "analyze export predict reproduce train",
+        "analysis training data neurons machine",
+    ),
 }
 # whoever else imports a kernel
 KERNEL_IMPORTERS = {

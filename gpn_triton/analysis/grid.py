@@ -59,7 +59,7 @@ class Grid:
 
     base: the options of every cell but neuron, lr and seed; its seeds are the grid's.
     neurons: their names. rates: learning rates to choose from. out: the folder of the cells.
-    jobs: trainings at once.
+    jobs: trainings at once. command: what trains the folder that --resume names.
     """
 
     base: TrainConfig
@@ -67,6 +67,7 @@ class Grid:
     rates: Sequence[float]
     out: Path
     jobs: int = 1
+    command: Sequence[str] = (sys.executable, "-m", "gpn_triton.train")
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell's files lie."""
@@ -98,7 +99,8 @@ class Grid:
 
     def _train(self, cells: list[Cell], interruption: Interruption, bar: tqdm) -> Outcomes:
         for cell in cells:
-            self._prepare(cell)
+            cfg = replace(self.base, neuron=cell.neuron, lr=cell.lr, seed=(cell.seed,))
+            prepare(self.folder(cell), cfg)
         done = self._epochs(cells)
         waiting = [cell for cell in cells if not (self.folder(cell) / run_folder.RESULT).exists()]
         running: dict[int, tuple[Cell, subprocess.Popen]] = {}
@@ -129,18 +131,6 @@ class Grid:
         for process in processes:
             process.wait()
 
-    def _prepare(self, cell: Cell) -> None:
-        """Make a cell's folder, or make sure that it is this cell's."""
-        folder = self.folder(cell)
-        cfg = replace(self.base, neuron=cell.neuron, lr=cell.lr, seed=(cell.seed,))
-        if (folder / run_folder.CONFIG).exists():
-            there = run_folder.read_options(folder, "out")
-            if differs := difference(there, cfg.to_dict()):
-                raise ValueError(f"out: {folder} is a run of other options: {differs}")
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(folder / run_folder.CONFIG, cfg.to_dict())
-
     def _start(self, cell: Cell, slot: int) -> subprocess.Popen:
         """Train a cell in a process of its own, which Ctrl-C here does not reach."""
         environment = dict(os.environ)
@@ -149,7 +139,7 @@ class Grid:
         gpus = torch.cuda.device_count()
         if gpus > 1 and self.base.device in ("auto", "cuda"):
             environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % gpus))
-        command = [sys.executable, "-m", "gpn_triton.train", "--resume", str(self.folder(cell))]
+        command = [*self.command, "--resume", str(self.folder(cell))]
         with (self.folder(cell) / LOG).open("w") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -169,6 +159,19 @@ class Grid:
         lines = log.read_text(errors="replace").split("\n") if log.exists() else []
         said = [line.strip() for line in lines if line.strip()]
         return Outcome(None, said[-1] if said else "not trained yet")
+
+
+def prepare(folder: Path, cfg: TrainConfig) -> None:
+    """Make a run folder that --resume trains in, or make sure that it is of this configuration.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    if not (folder / run_folder.CONFIG).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        run_folder.write_json(folder / run_folder.CONFIG, cfg.to_dict())
+    elif differs := difference(run_folder.read_options(folder, "out"), cfg.to_dict()):
+        raise ValueError(f"out: {folder} is a run of other options: {differs}")
 
 
 def best_rates(outcomes: Outcomes) -> dict[str, float]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from gpn_triton.analysis.grid import Outcomes, best_rates, finished
+from gpn_triton.analysis.report import markdown, number, write_csv, write_text
 from gpn_triton.machine.figure import new_figure, save_figure
-from gpn_triton.machine.files import write_atomically
 from gpn_triton.neurons.networks import NEURONS
 
 MARKDOWN, CSV, PICTURE = "table.md", "table.csv", "accuracy.png"
@@ -91,38 +89,28 @@ def paired_p(a: Sequence[float], b: Sequence[float]) -> float | None:
     return float(ttest_rel(a, b).pvalue)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     titles = (
         "neuron", "test, %", "to GPN, points (p)", "valid, %", "lr", "seeds", "parameters",
         "s an epoch", "spike rate",
     )  # fmt: skip
-    lines = ["| " + " | ".join(titles) + " |", "| --- " + "| ---: " * (len(titles) - 1) + "|"]
+    lines = []
     for row in rows:
-        test = _number(row.test, ".1f") + (f" ± {row.deviation:.1f}" if row.deviation else "")
+        test = number(row.test, ".1f") + (f" ± {row.deviation:.1f}" if row.deviation else "")
         p = "" if row.p is None else f" ({row.p:.3f})"
-        cells = (
-            row.neuron, test, _number(row.difference, "+.1f") + p, _number(row.valid, ".1f"),
-            _number(row.lr, "g"), str(row.seeds), _number(row.parameters, ","),
-            _number(row.seconds_per_epoch, ".2f"), _number(row.spike_rate, ".3f"),
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+        lines.append((
+            row.neuron, test, number(row.difference, "+.1f") + p, number(row.valid, ".1f"),
+            number(row.lr, "g"), str(row.seeds), number(row.parameters, ","),
+            number(row.seconds_per_epoch, ".2f"), number(row.spike_rate, ".3f"),
+        ))  # fmt: skip
+    return markdown(titles, lines)
 
 
 def write_table(out: Path, rows: Sequence[Row], title: str) -> None:
     """Write the rows into a folder, as table.md, table.csv and accuracy.png."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    names = [f.name for f in fields(Row)]
-    table.writerow(names)
-    table.writerows([getattr(row, name) for name in names] for row in rows)
-    for name, content in ((MARKDOWN, markdown(rows)), (CSV, text.getvalue())):
-        write_atomically(out / name, lambda file, c=content: file.write(c.encode()))
+    write_text(out / MARKDOWN, table(rows))
+    write_csv(out / CSV, [f.name for f in fields(Row)], map(astuple, rows))
     drawn = [row for row in rows if row.test is not None]
     figure, ((axes,),) = new_figure(1, 1, (1.2 + 0.45 * len(rows), 3.4))
     axes.bar(

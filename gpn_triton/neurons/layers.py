@@ -86,6 +86,23 @@ class GPN(nn.Module):
         spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options)
         return PackedPair(spikes, v_final).carry(bits)
 
+    def gates(self, x_t: Tensor, v: Tensor) -> reference.Gates:
+        """The gates of one step, of current and membrane [B, N]."""
+        weights = self.weight_x, self.weight_v, self.bias
+        return reference.gpn_gates(x_t, v, weights, self.variant)
+
+    def step(
+        self, x_t: Tensor, v: Tensor | None = None, gates: reference.Gates | None = None
+    ) -> reference.Step:
+        """One step of x_t [B, N], by the specification and without noise.
+
+        gates: in place of its own.
+        """
+        v = torch.zeros_like(x_t) if v is None else v
+        gates = self.gates(x_t, v) if gates is None else gates
+        surrogate, alpha = self.options.surrogate, self.options.alpha
+        return reference.gpn_step(x_t, v, gates, torch.zeros_like(v), surrogate, alpha)
+
     def draw(self, batch: int, like: Tensor) -> Tensor | None:
         """A sequence's v_reset [batch, N] on like's device, float64 if `like` is, else float32;
         None in evaluation."""
@@ -147,8 +164,14 @@ class LIF(nn.Module):
         check_sequence(x, self.hidden_size)
         if v0 is not None:
             check_state("v0", v0, x)
-        tau = self.tau if self.w is None else 1 / torch.sigmoid(self.w).to(x.dtype)
-        return reference.lif_loop(x, torch.zeros_like(x[0]) if v0 is None else v0, tau)
+        return reference.lif_loop(x, torch.zeros_like(x[0]) if v0 is None else v0, self._tau(x))
+
+    def _tau(self, x: Tensor) -> Tensor | float:
+        return self.tau if self.w is None else 1 / torch.sigmoid(self.w).to(x.dtype)
+
+    def step(self, x_t: Tensor, v: Tensor | None = None) -> reference.Step:
+        """One step of x_t [B, N]."""
+        return reference.lif_step(x_t, torch.zeros_like(x_t) if v is None else v, self._tau(x_t))
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, tau={self.tau}, learn_tau={self.w is not None}"
@@ -178,6 +201,13 @@ class CubaLIF(nn.Module):
         for name, tensor in zip(("current", "membrane", "last spikes"), state, strict=True):
             check_state(f"state: {name}", tensor, x)
         return reference.cuba_lif_loop(x, self.recurrent.weight, self.recurrent.bias, state)
+
+    def step(
+        self, x_t: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> reference.Step:
+        """One step of x_t [B, N]."""
+        state = (torch.zeros_like(x_t),) * 3 if state is None else state
+        return reference.cuba_lif_step(x_t, self.recurrent.weight, self.recurrent.bias, state)
 
 
 class HeldDropout(nn.Module):

@@ -71,7 +71,7 @@ def _twin(layer: type[nn.Module], gates: int) -> Neuron:
 NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for variant in GATES} | {
     "lif": Neuron(lambda _, N, __: LIF(N), cost.LEAKY),
     "plif": Neuron(lambda _, N, __: LIF(N, learn_tau=True), cost.LEAKY),
-    "cuba-lif": Neuron(lambda _, N, __: CubaLIF(N)),
+    "cuba-lif": Neuron(lambda _, N, __: CubaLIF(N), cost.RECURRENT_LEAKY),
     "lstm": _twin(nn.LSTM, 4),
     "gru": _twin(nn.GRU, 3),
     "rnn": _twin(nn.RNN, 1),
@@ -184,7 +184,7 @@ class SpikingClassifier(nn.Module):
         return draws
 
     def forward(
-        self, x: Tensor | Cells, draws: Sequence[Draws] | None = None
+        self, x: Tensor | Cells, draws: Sequence[Draws] | None = None, by_neuron: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Classify a batch.
 
@@ -192,9 +192,11 @@ class SpikingClassifier(nn.Module):
             x [T, B, C] float: events counted in each bin and channel; or the events themselves,
                 whose first product then multiplies no zeros (not for lstm, gru, rnn and cnn).
             draws: as draw made them for these B rows; None: made now.
+            by_neuron: whether the activity is wanted of every neuron.
         Returns:
             logits [B, classes]; activity [layers] float32: mean output of each hidden layer
-            (spikes a neuron and step for spiking neurons), detached.
+            (spikes a neuron and step for spiking neurons), detached; or that of each neuron, those
+            of the first layer first [neurons of all layers].
         """
         if not isinstance(x, Cells):
             self._check(x)
@@ -210,13 +212,14 @@ class SpikingClassifier(nn.Module):
                 # a hook may have changed the spikes in place, which only their version would tell
                 bits = None
             x = Spikes(result[0], bits, drawn.mask, version)
-            activity.append(x.values.detach().mean(dtype=torch.float32))
+            activity.append(x.values.detach().flatten(0, -2).mean(0, dtype=torch.float32))
         x = x.dense()
         if NEURONS[self.neuron].needs_time_bins:
             x = x.permute(1, 2, 0).flatten(1)
         elif x.ndim == 3:
             x = x.mean(0) if self.readout == "mean" else x[-1]
-        return self._logits(x, current.dtype), torch.stack(activity)
+        activity = torch.cat(activity) if by_neuron else torch.stack([a.mean() for a in activity])
+        return self._logits(x, current.dtype), activity
 
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The readout of x, which is summed in float32, in a network that computes in dtype."""
