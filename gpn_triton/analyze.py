@@ -91,8 +91,8 @@ def build_parser() -> Parser:
                     help="Chooses the sample that is drawn (default: 0).")  # fmt: skip
 
     sub = kind("heterogeneity", _heterogeneity, "Trains GPN on tasks of growing temporal "
-               "complexity and tells what frozen gates cost. The other options are those of python -m "
-              "gpn_triton.train.", argument_default=argparse.SUPPRESS)  # fmt: skip
+               "complexity and tells what frozen gates cost. The other options are those of "
+               "python -m gpn_triton.train.", argument_default=argparse.SUPPRESS)  # fmt: skip
     sub.add_argument("tasks", nargs="+", metavar="TASK", help="Names tasks, a series in the order "
                     f"of its complexity: {', '.join(TASKS)}, or training files in SHD's layout."
                     )  # fmt: skip
