@@ -20,6 +20,7 @@ from gpn_triton.training import run_folder
 from gpn_triton.training.options import TrainConfig
 from tests.stores import make_store
 
+pytest.importorskip("matplotlib")
 STEPWISE = [name for name, row in NEURONS.items() if not row.needs_time_bins]
 FILES = dict(least=60, most=60, end=1.0, empty=False, band=(100, 200))
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from scipy.stats import ttest_rel
 
 from gpn_triton import reproduce
 from gpn_triton.analysis.grid import Cell, Grid, Outcome
@@ -21,6 +20,8 @@ from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.run import Interrupted
 from tests.stores import make_store
 
+ttest_rel = pytest.importorskip("scipy.stats").ttest_rel
+pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parent.parent
 # stands for the trainer: leaves what it would leave, by the rate and the seed; LSTMs fail
 TRAINER = """
