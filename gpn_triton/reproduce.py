@@ -108,6 +108,17 @@ def _files(data: list[str]) -> dict[str, str]:
     return dict(zip(("train_file", "test_file"), data, strict=False))
 
 
+def report(grid: Grid, data: str) -> int:
+    """Print and write a grid's table as far as it is trained; how many cells have no result."""
+    outcomes = grid.outcomes()
+    rows = rows_of(grid.neurons, outcomes)
+    size = "-".join(map(str, grid.base.hidden))
+    write_table(grid.out, rows, f"{size}, T = {grid.base.time_bins}, {data}")
+    left = sum(outcome.result is None for outcome in outcomes.values())
+    print(f"{table(rows)}{grid.out}: {len(outcomes) - left} of {len(outcomes)} trainings")
+    return left
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 where a training failed."""
     try:
@@ -117,12 +128,13 @@ def main(argv: list[str] | None = None) -> int:
         new_figure(1, 1)
         splits = load_data(grid.base)
         print(splits.description)
-        outcomes = grid.train()
-        rows = rows_of(grid.neurons, outcomes)
-        write_table(grid.out, rows, f"{'-'.join(map(str, grid.base.hidden))}, "
-                    f"T = {grid.base.time_bins}, {splits.description.split(':')[0]}")  # fmt: skip
-        print(f"{table(rows)}{grid.out}: {len(outcomes)} trainings")
-        return int(any(outcome.result is None for outcome in outcomes.values()))
+        data = splits.description.split(":")[0]
+        try:
+            grid.train()
+        except Interrupted:
+            report(grid, data)
+            raise
+        return int(report(grid, data) > 0)
     except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

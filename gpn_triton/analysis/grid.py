@@ -79,7 +79,8 @@ class Grid:
 
     def repeats(self, outcomes: Outcomes) -> list[Cell]:
         """The cells of the other seeds, each neuron's at its best rate."""
-        best = best_rates(outcomes)
+        first = self.base.seed[0]
+        best = best_rates({cell: o for cell, o in outcomes.items() if cell.seed == first})
         return [Cell(n, rate, seed) for n, rate in best.items() for seed in self.base.seed[1:]]
 
     def train(self) -> Outcomes:
@@ -90,14 +91,19 @@ class Grid:
             ValueError: a cell's folder holds a run of other options.
         """
         total = len(self.neurons) * (len(self.rates) + len(self.base.seed) - 1) * self.base.epochs
-        search = self.search()
-        done = self._epochs({*search, *self.repeats({c: self._outcome(c) for c in search})})
+        done = self._epochs(self.outcomes())
         bar = tqdm(total=total, initial=done, unit=" epochs", desc="grid", disable=None)
         with Interruption() as interruption, bar:
-            outcomes = self._train(search, interruption, bar)
-            return outcomes | self._train(self.repeats(outcomes), interruption, bar)
+            self._train(self.search(), interruption, bar)
+            self._train(self.repeats(self.outcomes()), interruption, bar)
+        return self.outcomes()
 
-    def _train(self, cells: list[Cell], interruption: Interruption, bar: tqdm) -> Outcomes:
+    def outcomes(self) -> Outcomes:
+        """What became of every cell until now."""
+        found = {cell: self._outcome(cell) for cell in self.search()}
+        return found | {cell: self._outcome(cell) for cell in self.repeats(found)}
+
+    def _train(self, cells: list[Cell], interruption: Interruption, bar: tqdm) -> None:
         for cell in cells:
             cfg = replace(self.base, neuron=cell.neuron, lr=cell.lr, seed=(cell.seed,))
             prepare(self.folder(cell), cfg)
@@ -122,7 +128,6 @@ class Grid:
                     del running[slot]
                     if process.returncode:
                         bar.write(f"{cell} failed: {self._outcome(cell).failure}")
-        return {cell: self._outcome(cell) for cell in cells}
 
     def _stop(self, processes: list[subprocess.Popen]) -> None:
         """Have every process save its state and end."""
