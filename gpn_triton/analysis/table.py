@@ -98,7 +98,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         test = number(row.test, ".1f") + (f" ± {row.deviation:.1f}" if row.deviation else "")
-        p = "" if row.p is None else f" ({row.p:.3f})"
+        p = "" if row.p is None else f" ({row.p:.3f})" if row.p >= 0.001 else " (<0.001)"
         lines.append((
             row.neuron, test, number(row.difference, "+.1f") + p, number(row.valid, ".1f"),
             number(row.lr, "g"), str(row.seeds), number(row.parameters, ","),
