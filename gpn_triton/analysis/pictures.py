@@ -22,11 +22,14 @@ def draw_decays(path: Path, found: dict[tuple[str, int, str], list[Decay]]) -> N
     Args:
         path: the PNG. found: by subject, T and readout, the decays of the layers.
     """
+    from matplotlib import colormaps
+
     times, readouts = (list(dict.fromkeys(key[k] for key in found)) for k in (1, 2))
     subjects = list(dict.fromkeys(key[0] for key in found))
     figure, panels = new_figure(len(readouts), len(times))
     for (subject, T, readout), layers in found.items():
-        axes, color = panels[readouts.index(readout), times.index(T)], f"C{subjects.index(subject)}"
+        axes, at = panels[readouts.index(readout), times.index(T)], subjects.index(subject)
+        color = f"C{at}" if len(subjects) <= 10 else colormaps["turbo"](at / len(subjects))
         decay = layers[0]
         steps, end = range(1, T), float(decay.v[-1])
         measured = [max(float(v) / end, LOWEST) if end else LOWEST for v in decay.v]
@@ -34,10 +37,10 @@ def draw_decays(path: Path, found: dict[tuple[str, int, str], list[Decay]]) -> N
         if readout == "last":
             factor = [max(float(f), LOWEST) for f in decay.factor]
             axes.semilogy(steps, factor, color=color, linestyle=":", linewidth=1)
-        axes.set_title(f"T = {T}, loss at the {'last step' if readout == 'last' else 'mean'}")
+        axes.set_title(f"T = {T}, {'last step' if readout == 'last' else 'mean'}", fontsize=9)
         axes.set_xlabel("t")
     panels[0, 0].set_ylabel("|dL/dv[t]| / |dL/dv[T-1]|")
-    panels[0, 0].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     save_figure(path, figure)
 
 
