@@ -212,3 +212,38 @@ def test_cosine_and_plateau_change_the_rate_by_epoch_once_warm():
         other.end_epoch(epoch, 1.0)
         schedule.end_epoch(epoch, 1.0)
     assert other.rate == schedule.rate == pytest.approx(0.75**2)
+
+
+def test_health_is_what_the_spikes_and_gradients_of_the_steps_say():
+    options = dict(dropout=0.0, clip_grad=1e-3, warmup_epochs=0, batch_size=SAMPLES)
+    net, feed = small_engine(**options), resident(store())
+    with torch.no_grad():
+        # the first layer's first two neurons never spike, the third always does
+        net.model.inputs[0].weight[:3] = 0
+        net.model.inputs[0].bias[:3] = torch.tensor([-50.0, -50.0, 50.0])
+    x = bin_batch(feed.events, torch.arange(SAMPLES), build_binning(net.cfg))
+    spikes = []
+    hook = net.model.neurons[0].register_forward_hook(lambda *args: spikes.append(args[2][0]))
+    net.model.eval()
+    evaluated = net.evaluate(feed)
+    hook.remove()
+    rate = spikes[0].mean((0, 1))
+    assert evaluated.dead[0] == pytest.approx(float((rate == 0).sum()) / 9)
+    assert evaluated.saturated[0] == pytest.approx(float((rate > 0.95).sum()) / 9)
+    assert evaluated.dead[0] > 0.2 and evaluated.saturated[0] > 0.1
+    assert evaluated.activity[0] == pytest.approx(float(rate.mean()), rel=1e-5)
+    assert len(evaluated.dead) == 2 and evaluated.dead[1] < 1
+
+    net.augmentation = None
+    for neuron in net.model.neurons:
+        neuron.reset_std = 0
+    loss = torch.nn.functional.cross_entropy(net.model(x)[0], feed.events.labels)
+    parameters = dict(net.model.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+    expected = [
+        torch.stack([g.norm() for name, g in gradients.items() if part in name]).norm().item()
+        for part in (".0.", ".1.", "output")
+    ]
+    net.start_epoch(feed, 3, 0)
+    net.train_step(feed, SAMPLES)
+    assert net.gradient_norms() == pytest.approx(expected, rel=1e-3)

@@ -17,7 +17,7 @@ ROOMS = {
         "inner_ear_cpu lif_cpu offline operands pointwise pointwise_cpu spikes tiles",
         "",
     ),
-    "machine": ("device distributed files graphs interrupt profile provenance", ""),
+    "machine": ("device distributed figure files graphs interrupt profile provenance", ""),
     "neurons": (
         "checks cost derivatives event_linear explain gpn gpn_options layers lif networks "
         "recurrence_torch reference spike_linear surrogate",
@@ -34,7 +34,15 @@ ROOMS = {
         "data neurons machine",
     ),
     "audio": ("ear encoding picture recordings reference", "data machine kernels"),
-    "commands": ("encode export predict train", "training audio data neurons machine"),
+    "analysis": (
+        "distributions energy gradients grid heterogeneity pictures replay report subject table "
+        "tasks",
+        "training data neurons machine",
+    ),
+    "commands": (
+        "analyze encode export predict reproduce train",
+        "analysis training audio data neurons machine",
+    ),
 }
 # whoever else imports a kernel
 KERNEL_IMPORTERS = {

@@ -67,7 +67,9 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
 
 
 def test_metrics_are_read_back_or_named(tmp_path):
-    line = {f.name: 1.0 for f in dataclasses.fields(Epoch)} | {"epoch": 1, "activity": [0.1, 0.2]}
+    # what came later has a default
+    needed = [f.name for f in dataclasses.fields(Epoch) if f.default_factory is not list]
+    line = dict.fromkeys(needed, 1.0) | {"epoch": 1, "activity": [0.1, 0.2]}
     path, lacking = tmp_path / run_folder.METRICS, {**line}
     del lacking["train_loss"]
     lines = ({"class_names": []}, line, line, lacking)
@@ -77,6 +79,9 @@ def test_metrics_are_read_back_or_named(tmp_path):
     for epochs, layers in ((2, 1), (3, 2), (4, 2)):
         with pytest.raises(ValueError, match="metrics.jsonl cannot be read"):
             run_folder.read_metrics(tmp_path, epochs, layers)
+    path.write_text("{}\n" + json.dumps({**line, "dead": [0.0]}) + "\n")
+    with pytest.raises(ValueError, match="expected 1 epochs of 2 layers"):
+        run_folder.read_metrics(tmp_path, 1, 2)
 
 
 def test_weights_round_trip_and_foreign_ones_are_refused(tmp_path):

@@ -48,6 +48,8 @@ class Work:
     forward, backward: (products of [G N, N] with a row, those of them on the serial chain, passes
         over N elements, each tensor counted once a pass). gates: G.
     input_rows: rows of the input product a neuron. has_input: whether the layer always has one.
+    updates: multiplications with an addition that the state's update takes a neuron. of_spikes:
+        whether the products are of the layer's own spikes.
     """
 
     forward: tuple[int, int, int]
@@ -55,6 +57,27 @@ class Work:
     gates: int = 0
     input_rows: int = 1
     has_input: bool = False
+    updates: int = 1
+    of_spikes: bool = False
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a step of one sample takes where a product with a spike is an addition.
+
+    macs: multiplications with their addition. acs: additions alone. bytes: moved where samples come
+    one by one, in float32: each weight when it is used, each event, and the state as Count has it.
+    """
+
+    macs: float = 0.0
+    acs: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(self.macs + other.macs, self.acs + other.acs, self.bytes + other.bytes)
+
+    def __mul__(self, k: float) -> Operations:
+        return Operations(self.macs * k, self.acs * k, self.bytes * k)
 
 
 def gated_spiking(G: int) -> Work:
@@ -69,22 +92,27 @@ def gated_spiking(G: int) -> Work:
     # gradient (the spike itself is one bit) and writes g_z; the product of g_x reads g_z and writes
     # g_x; the weights' products read g_z, x and v; the input Linear reads g_x
     products = G > 0
-    return Work((2, 1, 4 + products + 2 * G), (5, 1, 5 + 4 * products + 5 * G), gates=G)
+    passes = 4 + products + 2 * G, 5 + 4 * products + 5 * G
+    return Work((2, 1, passes[0]), (5, 1, passes[1]), gates=G, updates=2)
 
 
 def gated(G: int) -> Work:
     """A layer with G gates of its input and its own output, as nn.LSTM, nn.GRU and nn.RNN."""
     # forward: cell and output written, output read as an operand; z written and read.
     # backward: gates, cell, output and gradient read; g_z written, then read for inputs and weights
-    return Work((1, 1, 3 + 2 * G), (2, 1, 4 + 4 * G), gates=G, input_rows=G, has_input=True)
+    passes = 3 + 2 * G, 4 + 4 * G
+    return Work(
+        (1, 1, passes[0]), (2, 1, passes[1]), gates=G, input_rows=G, has_input=True, updates=G - 1
+    )
 
 
 # spiking neurons without products. forward: x read, spike written; backward: h written and read,
 # two gradients
 LEAKY = Work((0, 0, 2), (0, 0, 5))
-# with a product of the spikes before, serial forward and backward, and the weight's: it reads g_x
-# once more, and the spikes in one bit each
-CUBA_LIF = Work((1, 1, 2), (2, 1, 6), gates=1)
+# with recurrent weights. forward: x read, spike written and read by the product, whose result is
+# written and read; backward: h written and read, two gradients read, the current's written and read
+# by both products and the input Linear, one product's result written and read, the spike read
+RECURRENT_LEAKY = Work((1, 1, 5), (2, 1, 11), gates=1, updates=2, of_spikes=True)
 
 
 def linear(inputs: int, outputs: int, backward: bool, input_grad: bool, element: int = 2) -> Count:
@@ -146,6 +174,24 @@ def network(
     return total + linear(sizes[-1], classes, backward, True, 0)
 
 
+def operations(work: Work, N: int, inputs: int, arriving: float | None, rate: float) -> Operations:
+    """What one step of one sample takes in a layer, event by event.
+
+    Args:
+        work: of its kind. N: neurons. inputs: of the input product. arriving: events that arrive
+            there in a step, on average; None: real numbers arrive. rate: spikes a neuron and step
+            of the layer itself.
+    """
+    rows, own = work.input_rows * N, work.forward[0] * work.gates * N * N
+    products = Operations(acs=arriving * rows) if arriving is not None else (
+        Operations(macs=inputs * rows)
+    )  # fmt: skip
+    products += Operations(acs=rate * own) if work.of_spikes else Operations(macs=own)
+    read = 4 * (products.macs + products.acs + (arriving or 0.0))
+    state = neuron(work, N, False, 4).bytes
+    return products + Operations(macs=work.updates * N, bytes=read + state)
+
+
 def floor_seconds(count: Count, ceilings: Ceilings) -> float:
     """The least time the work can take: the larger of arithmetic and traffic."""
     return max(count.flops / ceilings.flops_per_s, count.bytes / ceilings.bytes_per_s)
@@ -194,9 +240,9 @@ def tell_flop_counter() -> None:
     formulas = {
         ops.recurrence: lambda x, w, *_, **__: _flops(forward, x, w),
         ops.recurrence_backward: lambda g, h, x, w, *_, **__: _flops(backward, x, w),
-        ops.cuba_lif: lambda x, w, *_, **__: _flops(CUBA_LIF.forward[0], x, w),
+        ops.cuba_lif: lambda x, w, *_, **__: _flops(RECURRENT_LEAKY.forward[0], x, w),
         ops.cuba_lif_backward: lambda g, j, v, h, bits, w, *_, **__: _flops(
-            CUBA_LIF.backward[0], h, w
+            RECURRENT_LEAKY.backward[0], h, w
         ),
         ops.spike_linear: lambda s, bits, mask, w, *_, **__: _flops(1, s, w),
         ops.spike_linear_backward: lambda g, bits, mask, w, *_, **__: _flops(2, g, w),

@@ -87,6 +87,23 @@ class GPN(nn.Module):
         spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options)
         return PackedPair(spikes, v_final).carry(bits)
 
+    def gates(self, x_t: Tensor, v: Tensor) -> reference.Gates:
+        """The gates of one step, of current and membrane [B, N]."""
+        weights = self.weight_x, self.weight_v, self.bias
+        return reference.gpn_gates(x_t, v, weights, self.variant)
+
+    def step(
+        self, x_t: Tensor, v: Tensor | None = None, gates: reference.Gates | None = None
+    ) -> reference.Step:
+        """One step of x_t [B, N], by the specification and without noise.
+
+        gates: in place of its own.
+        """
+        v = torch.zeros_like(x_t) if v is None else v
+        gates = self.gates(x_t, v) if gates is None else gates
+        surrogate, alpha = self.options.surrogate, self.options.alpha
+        return reference.gpn_step(x_t, v, gates, torch.zeros_like(v), surrogate, alpha)
+
     def draw(self, batch: int, like: Tensor) -> Tensor | None:
         """A sequence's v_reset [batch, N] on like's device, float64 if `like` is, else float32;
         None in evaluation."""
@@ -149,12 +166,18 @@ class LIF(nn.Module):
     def forward(self, x: Tensor, v0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [T, B, N] -> spikes [T, B, N], v_final [B, N]: a pair as GPN's."""
         check_sequence(x, self.hidden_size)
-        tau = self.tau
-        if self.w is not None:
-            wide = x.dtype == torch.float64
-            tau = 1 / torch.sigmoid(self.w).to(torch.float64 if wide else torch.float32)
-        spikes, v_final, bits = lif(x, v0, tau, backend=self.backend)
+        spikes, v_final, bits = lif(x, v0, self._tau(x), backend=self.backend)
         return PackedPair(spikes, v_final).carry(bits)
+
+    def _tau(self, x: Tensor) -> Tensor | float:
+        if self.w is None:
+            return self.tau
+        wide = x.dtype == torch.float64
+        return 1 / torch.sigmoid(self.w).to(torch.float64 if wide else torch.float32)
+
+    def step(self, x_t: Tensor, v: Tensor | None = None) -> reference.Step:
+        """One step of x_t [B, N]."""
+        return reference.lif_step(x_t, torch.zeros_like(x_t) if v is None else v, self._tau(x_t))
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, tau={self.tau}, learn_tau={self.w is not None}"
@@ -179,6 +202,13 @@ class CubaLIF(nn.Module):
         weights = self.recurrent.weight, self.recurrent.bias
         spikes, state, bits = cuba_lif(x, *weights, state, backend=self.backend)
         return PackedPair(spikes, state).carry(bits)
+
+    def step(
+        self, x_t: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> reference.Step:
+        """One step of x_t [B, N]."""
+        state = (torch.zeros_like(x_t),) * 3 if state is None else state
+        return reference.cuba_lif_step(x_t, self.recurrent.weight, self.recurrent.bias, state)
 
 
 class HeldDropout(nn.Module):

@@ -45,6 +45,7 @@ class Neuron:
     sparse_input: whether a SpikeLinear makes its current, so that a network's input may be Cells;
         other layers have products of their own.
     needs_time_bins: whether it sees all bins at once, so that their number is fixed.
+    spiking: whether its output is spikes.
     """
 
     build: Callable[[int, int, GPNOptions], nn.Module]
@@ -54,6 +55,7 @@ class Neuron:
     is_gpn: bool = False
     sparse_input: bool = True
     needs_time_bins: bool = False
+    spiking: bool = True
 
     def backend(self, asked: str) -> str:
         """The backend asked for, or auto where the layer has none of that name: the command refuses
@@ -86,7 +88,12 @@ def _leaky(
 
 def _twin(layer: type[nn.Module], gates: int) -> Neuron:
     """A layer of torch that is no spiking neuron, of the same sizes."""
-    return Neuron(lambda inputs, N, _: layer(inputs, N), cost.gated(gates), sparse_input=False)
+    return Neuron(
+        lambda inputs, N, _: layer(inputs, N),
+        cost.gated(gates),
+        sparse_input=False,
+        spiking=False,
+    )
 
 
 NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for variant in GATES} | {
@@ -94,12 +101,15 @@ NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for v
     "plif": _leaky(
         lambda N, backend: LIF(N, learn_tau=True, backend=backend), cost.LEAKY, lif_compiles_first
     ),
-    "cuba-lif": _leaky(CubaLIF, cost.CUBA_LIF, cuba_lif_compiles_first),
+    "cuba-lif": _leaky(CubaLIF, cost.RECURRENT_LEAKY, cuba_lif_compiles_first),
     "lstm": _twin(nn.LSTM, 4),
     "gru": _twin(nn.GRU, 3),
     "rnn": _twin(nn.RNN, 1),
     "cnn": Neuron(
-        lambda inputs, N, _: Convolution(inputs, N), sparse_input=False, needs_time_bins=True
+        lambda inputs, N, _: Convolution(inputs, N),
+        sparse_input=False,
+        needs_time_bins=True,
+        spiking=False,
     ),
 }
 READOUTS = ("mean", "last")
@@ -205,7 +215,7 @@ class SpikingClassifier(nn.Module):
         return draws
 
     def forward(
-        self, x: Tensor | Cells, draws: Sequence[Draws] | None = None
+        self, x: Tensor | Cells, draws: Sequence[Draws] | None = None, by_neuron: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Classify a batch.
 
@@ -213,9 +223,11 @@ class SpikingClassifier(nn.Module):
             x [T, B, C] float: events counted in each bin and channel; or the events themselves,
                 whose first product then multiplies no zeros (not for lstm, gru, rnn and cnn).
             draws: as draw made them for these B rows; None: made now.
+            by_neuron: whether the activity is wanted of every neuron.
         Returns:
             logits [B, classes]; activity [layers] float32: mean output of each hidden layer
-            (spikes a neuron and step for spiking neurons), detached.
+            (spikes a neuron and step for spiking neurons), detached; or that of each neuron, those
+            of the first layer first [neurons of all layers].
         """
         if not isinstance(x, Cells):
             self._check(x)
@@ -231,13 +243,13 @@ class SpikingClassifier(nn.Module):
                 # a hook may have changed the spikes in place, which only their version would tell
                 bits = None
             x = Spikes(result[0], bits, drawn.mask, version)
-            activity.append(x.values.detach().mean(dtype=torch.float32))
+            activity.append(x.values.detach().flatten(0, -2).mean(0, dtype=torch.float32))
         x = x.dense()
         if NEURONS[self.neuron].needs_time_bins:
             x = x.permute(1, 2, 0).flatten(1)
         elif x.ndim == 3:
             x = x.mean(0) if self.readout == "mean" else x[-1]
-        activity = torch.stack(activity) if len(activity) > 1 else activity[0][None]
+        activity = torch.cat(activity) if by_neuron else torch.stack([a.mean() for a in activity])
         return self._logits(x, current.dtype), activity
 
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:

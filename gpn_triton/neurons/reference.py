@@ -18,6 +18,8 @@ Source: Wang, Zhang, Li, Wu, arXiv 2412.01087; the authors' implementation where
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,8 +37,26 @@ GATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _gates(x_t: Tensor, v: Tensor, weights: tuple, variant: str) -> tuple[Tensor | float, ...]:
-    """f, i, b, theta [B, N] of one step; a gate the variant lacks is its constant."""
+class Gates(NamedTuple):
+    """GPN's gates at a step [B, N]; a gate the variant lacks is its constant."""
+
+    f: Tensor | float
+    i: Tensor | float
+    b: Tensor | float
+    theta: Tensor | float
+
+
+class Step(NamedTuple):
+    """What a neuron's step gives: spikes s and membrane before the threshold h [B, N], and the
+    state after it."""
+
+    s: Tensor
+    h: Tensor
+    state: Any
+
+
+def gpn_gates(x_t: Tensor, v: Tensor, weights: tuple, variant: str) -> Gates:
+    """The gates of one step, of current and membrane [B, N]."""
     names, z = GATES[variant], {}
     if names:
         weight_x, weight_v, bias = weights
@@ -46,7 +66,22 @@ def _gates(x_t: Tensor, v: Tensor, weights: tuple, variant: str) -> tuple[Tensor
     i = torch.sigmoid(z["i"]) if "i" in z else 1 - f
     b = torch.tanh(z["b"]) if "b" in z else 0.0
     theta = torch.sigmoid(z["theta"]) if "theta" in z else 1.0
-    return f, i, b, theta
+    return Gates(f, i, b, theta)
+
+
+def gpn_step(
+    x_t: Tensor, v: Tensor, gates: Gates, v_reset: Tensor, surrogate: str = "atan",
+    alpha: float = 2.0, reset: Tensor | None = None,
+) -> Step:  # fmt: skip
+    """One step of GPN with these gates; its state is the membrane v. reset: see gpn_loop."""
+    f, i, b, theta = gates
+    h = f * v + i * x_t
+    if reset is None:
+        s = spike(h - theta, surrogate, alpha)
+        reset = s.detach()
+    else:
+        s = SURROGATES[surrogate].value(h - theta, alpha)
+    return Step(s, h, torch.lerp(h, v_reset, reset) + b)
 
 
 def gpn_loop(
@@ -76,15 +111,9 @@ def gpn_loop(
     """
     v, spikes = v0, []
     for t, x_t in enumerate(x.unbind(0)):
-        f, i, b, theta = _gates(x_t, v, (weight_x, weight_v, bias), variant)
-        h = f * v + i * x_t
-        if reset_mask is None:
-            s = spike(h - theta, surrogate, alpha)
-            reset = s.detach()
-        else:
-            s = SURROGATES[surrogate].value(h - theta, alpha)
-            reset = reset_mask[t]
-        v = torch.lerp(h, v_reset, reset) + b
+        gates = gpn_gates(x_t, v, (weight_x, weight_v, bias), variant)
+        reset = None if reset_mask is None else reset_mask[t]
+        s, _, v = gpn_step(x_t, v, gates, v_reset, surrogate, alpha, reset)
         spikes.append(s)
     return torch.stack(spikes), v
 
@@ -123,7 +152,7 @@ def gpn_adjoint(
     g_x = torch.empty_like(x)
     g_weight_x, g_weight_v, g_bias = (None if w is None else torch.zeros_like(w) for w in weights)
     for t in reversed(range(len(x))):
-        f, i, b, theta = _gates(x[t], v[t], weights, variant)
+        f, i, b, theta = gpn_gates(x[t], v[t], weights, variant)
         h = f * v[t] + i * x[t]
         g_u = g_s[t] * SURROGATES[surrogate].derivative(h - theta, alpha)
         g_h = g_v * (1 - spikes[t]) + g_u
@@ -144,6 +173,15 @@ def gpn_adjoint(
     return g_x, g_weight_x, g_weight_v, g_bias, g_v
 
 
+def lif_step(
+    x_t: Tensor, v: Tensor, tau: Tensor | float, surrogate: str = "atan", alpha: float = 2.0
+) -> Step:
+    """One step of lif_loop; its state is the membrane v."""
+    h = v + (x_t - v) / tau
+    s = spike(h - 1.0, surrogate, alpha)
+    return Step(s, h, h * (1 - s.detach()))
+
+
 def lif_loop(
     x: Tensor, v0: Tensor, tau: Tensor | float, surrogate: str = "atan", alpha: float = 2.0
 ) -> tuple[Tensor, Tensor]:
@@ -158,15 +196,13 @@ def lif_loop(
     """
     v, spikes = v0, []
     for x_t in x.unbind(0):
-        h = v + (x_t - v) / tau
-        s = spike(h - 1.0, surrogate, alpha)
-        v = h * (1 - s.detach())
+        s, _, v = lif_step(x_t, v, tau, surrogate, alpha)
         spikes.append(s)
     return torch.stack(spikes), v
 
 
-def cuba_lif_loop(
-    x: Tensor,
+def cuba_lif_step(
+    x_t: Tensor,
     weight: Tensor,
     bias: Tensor,
     state: tuple[Tensor, Tensor, Tensor],
@@ -174,6 +210,21 @@ def cuba_lif_loop(
     membrane_decay: float = 0.5,
     surrogate: str = "atan",
     alpha: float = 2.0,
+) -> Step:
+    """One step of cuba_lif_loop; its state is (current, membrane, spikes)."""
+    j, v, s = state
+    j = torch.add(x_t + F.linear(s, weight, bias), j, alpha=current_decay)
+    h = membrane_decay * v + (1 - membrane_decay) * j
+    s = spike(h - 1.0, surrogate, alpha)
+    return Step(s, h, (j, h * (1 - s.detach()), s))
+
+
+def cuba_lif_loop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    *options: float | str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Current-based LIF whose spikes feed back through a weight matrix one step later.
 
@@ -182,16 +233,13 @@ def cuba_lif_loop(
 
     Args:
         x [T, B, N]: input. weight [N, N], bias [N]: recurrent connection from spikes.
-        state: current, membrane and last spikes, each [B, N].
+        state: current, membrane and last spikes, each [B, N]. options: those of cuba_lif_step.
     Returns:
         spikes [T, B, N] and the state after the last step.
     Source: the authors' baseline of the same name (arXiv 2412.01087).
     """
-    (j, v, s), spikes = state, []
+    spikes = []
     for x_t in x.unbind(0):
-        j = torch.add(x_t + F.linear(s, weight, bias), j, alpha=current_decay)
-        h = membrane_decay * v + (1 - membrane_decay) * j
-        s = spike(h - 1.0, surrogate, alpha)
-        v = h * (1 - s.detach())
+        s, _, state = cuba_lif_step(x_t, weight, bias, state, *options)
         spikes.append(s)
-    return torch.stack(spikes), (j, v, s)
+    return torch.stack(spikes), state

@@ -1,9 +1,16 @@
-"""Draws a run's loss, accuracy and spike rate over its epochs."""
+"""Draws a run's loss, accuracy and health over its epochs."""
 
 from pathlib import Path
 
-from gpn_triton.machine.files import write_atomically
-from gpn_triton.training.objective import Epoch
+from gpn_triton.machine.figure import new_figure, save_figure
+from gpn_triton.training.objective import SATURATED, Epoch
+
+HEALTH = {
+    "activity": "spikes a neuron and step",
+    "dead": "neurons that never spike, %",
+    "saturated": f"neurons that spike in {100 * SATURATED:.0f} % of steps, %",
+    "gradient_norm": "gradient norm",
+}
 
 
 def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
@@ -14,31 +21,31 @@ def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
     Raises:
         ModuleNotFoundError: matplotlib, an extra (`plot`), is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    at = [epoch.epoch for epoch in epochs]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
+    figure, panels = new_figure(2, 3)
+    loss, accuracy, *health = panels.flat
     for axes, key, scale, label in (
-        (left, "loss", 1, "cross-entropy"),
-        (middle, "accuracy", 100, "accuracy, %"),
+        (loss, "loss", 1, "cross-entropy"),
+        (accuracy, "accuracy", 100, "accuracy, %"),
     ):
         for split in ("train", "valid"):
             values = [scale * getattr(epoch, f"{split}_{key}") for epoch in epochs]
-            axes.plot(at, values, label=split)
+            axes.plot([epoch.epoch for epoch in epochs], values, label=split)
         axes.set_ylabel(label)
-        axes.legend(frameon=False)
-    for layer, values in enumerate(zip(*(epoch.activity for epoch in epochs), strict=True), 1):
-        right.plot(at, values, label=f"layer {layer}")
-    right.set_ylabel("spikes a neuron and step")
-    right.legend(frameon=False)
-    for axes in (left, middle, right):
+    for axes, (name, label) in zip(health, HEALTH.items(), strict=True):
+        # older runs do not know all
+        known = [epoch for epoch in epochs if getattr(epoch, name)]
+        scale = 100 if label.endswith("%") else 1
+        by_layer = zip(*(getattr(epoch, name) for epoch in known), strict=True)
+        for layer, values in enumerate(by_layer, 1):
+            of = f"layer {layer}" if layer <= len(epochs[0].activity) else "readout"
+            axes.plot([epoch.epoch for epoch in known], [scale * v for v in values], label=of)
+        axes.set_ylabel(label)
+    for axes in panels.flat:
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False)
     best = max(epochs, key=lambda epoch: (epoch.valid_accuracy, -epoch.valid_loss))
-    middle.axvline(best.epoch, color="0.6", linewidth=0.8, linestyle=":")
+    accuracy.axvline(best.epoch, color="0.6", linewidth=0.8, linestyle=":")
     figure.suptitle(title, fontsize=10)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_figure(path, figure)

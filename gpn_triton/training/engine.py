@@ -41,8 +41,9 @@ class Engine:
         cfg: the configuration. model: on `device` already. device: where everything happens.
         world: the processes that train together.
     Attributes:
-        totals [3 + layers] float64: this process's sums over the epoch's training samples so far;
-            see objective.
+        totals [3 + neurons] float64: this process's sums over the epoch's training samples so far;
+            see objective. norms [2 + layers] float64: how many of the epoch's steps were made, and
+            the sums over them of each layer's and the readout's gradient norm.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Engine:
         self.shares: dict[int, Tensor] = {}
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
-        self.totals = blank_totals(len(cfg.hidden), device)
-        self.evaluated = blank_totals(len(cfg.hidden), device)
+        self.totals = blank_totals(sum(cfg.hidden), device)
+        self.evaluated = blank_totals(sum(cfg.hidden), device)
         self.optimizer = torch.optim.Adam(
             model.parameters(), self.lr, weight_decay=cfg.weight_decay, fused=True, capturable=cuda
         )
@@ -69,6 +70,13 @@ class Engine:
         self.binning = build_binning(cfg, self.amp or torch.float32)
         self.augmentation = build_augmentation(cfg)
         self.parameter_names = [name for name, _ in model.named_parameters()]
+        readout = len(cfg.hidden)
+        layers = [readout if name.startswith("output.") else int(name.split(".")[1])
+                  for name in self.parameter_names]  # fmt: skip
+        # which parameters are a layer's [1 + layers, parameters]
+        self.of_layer = nn.functional.one_hot(torch.tensor(layers, device=device)).t().float()
+        self.norms = torch.zeros(2 + readout, dtype=torch.float64, device=device)
+        self.one = torch.ones(1, device=device)
         # how many steps were left out; of the last of them the loss and the gradients' norms, but
         # under fp16 the loss alone
         self.bad_steps = torch.zeros((), dtype=torch.float64, device=device)
@@ -90,7 +98,7 @@ class Engine:
             labels = events.labels.index_select(0, indices)
         with record_function("forward"):
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                logits, activity = model(x, draws)
+                logits, activity = model(x, draws, by_neuron=True)
             return loss_and_totals(logits, labels, activity, weight)
 
     def _input(
@@ -110,6 +118,7 @@ class Engine:
         """
         if step == 0:
             self.totals.zero_()
+            self.norms.zero_()
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(feed), generator=generator, device=self.device)
         size = self.cfg.batch_size
@@ -166,27 +175,33 @@ class Engine:
     @record_function("update")
     def _update(self, mean_loss: Tensor) -> None:
         """Change the weights by the gradients that are there, and let go of these."""
+        self.scaler.unscale_(self.optimizer)
+        norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters()]))
         if self.cfg.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
-        self._watch(mean_loss)
+            whole = torch.linalg.vector_norm(norms)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.clip_grad, whole)
+        self._watch(mean_loss, norms)
         torch.index_select(self.rates[self.steps], 0, self.step, out=self.rate)
         self.step += 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _watch(self, loss: Tensor) -> None:
-        """Leave the coming update out where a number is not finite, and remember it."""
-        watched = [loss]
-        if not self.scaler.is_enabled():
-            # a norm is finite where every element is, but for overflow, which is no less bad
-            watched += torch._foreach_norm([p.grad for p in self.model.parameters()])
-        watched = torch.stack(watched)
+    def _watch(self, loss: Tensor, norms: Tensor) -> None:
+        """Leave the coming update out where a number is not finite, and remember it.
+
+        Args:
+            loss: of the step. norms: of each parameter's gradient, before clipping: one is finite
+                where every element is, but for overflow, which is no less bad.
+        """
+        by_layer = torch.cat([self.one, (self.of_layer @ norms.square()).sqrt()])
+        # a scaler leaves out what is not finite itself
+        watched = loss[None] if self.scaler.is_enabled() else torch.cat([loss[None], norms])
         # times 0 what is finite is 0, and what is not NaN
         bad = watched.dot(self.none) != 0
         torch.where(bad, watched, self.bad, out=self.bad)
         self.bad_steps += bad
+        self.norms += torch.where(by_layer.isfinite().all(), by_layer, 0)
         if not self.scaler.is_enabled():
             # fused optimisers skip the update where this is 1
             self.optimizer.found_inf = bad.float()
@@ -222,7 +237,16 @@ class Engine:
             work = functools.partial(self._evaluate, feed, count)
             self.graphs.run(("evaluate", feed, count), work)
         self.model.train()
-        return means(self.world.sum(self.evaluated))
+        return means(self.world.sum(self.evaluated), self.cfg.hidden)
+
+    def trained_means(self) -> Means:
+        """The metrics of the epoch's training samples so far, of all processes."""
+        return means(self.world.sum(self.totals), self.cfg.hidden)
+
+    def gradient_norms(self) -> list[float]:
+        """Of each layer's parameters and the readout's, the mean over the epoch's steps so far."""
+        steps, *norms = self.norms.tolist()
+        return [norm / max(steps, 1.0) for norm in norms]
 
     def _evaluate(self, feed: Feed, size: int) -> None:
         share, _, weight = self.world.part(feed.batch(size))
@@ -238,6 +262,7 @@ class Engine:
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps.cpu(),
             "totals": self.world.sum(self.totals).cpu(),
+            "norms": self.norms.cpu(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -256,7 +281,14 @@ class Engine:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.bad_steps.copy_(state["bad_steps"])
-        self.totals.copy_(state["totals"] if self.world.is_writer else torch.zeros(()))
+        totals = state["totals"]
+        if len(totals) == 3 + len(self.cfg.hidden):
+            # older runs have a sum a layer
+            sizes = torch.tensor([1, 1, 1, *self.cfg.hidden])
+            totals = totals.repeat_interleave(sizes)
+        self.totals.copy_(totals if self.world.is_writer else torch.zeros(()))
+        if "norms" in state:
+            self.norms.copy_(state["norms"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)

@@ -1,13 +1,18 @@
 """What training makes small, and the one list of metrics: summed, logged, resumed, plotted."""
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# a neuron that spikes in so many of the steps is called saturated
+SATURATED = 0.95
+# the metrics that are lists, a number a layer
+BY_LAYER = ("activity", "dead", "saturated", "gradient_norm")
 
 
 @dataclass(frozen=True)
@@ -15,12 +20,15 @@ class Means:
     """A set's metrics, over its samples.
 
     loss: cross-entropy. accuracy: share of right answers, 0..1. activity: each hidden layer's mean
-    output, spikes a neuron and step for spiking neurons.
+    output, spikes a neuron and step for spiking neurons. dead, saturated: each hidden layer's share
+    of neurons that never spike, and of those that spike in SATURATED of the steps or more.
     """
 
     loss: float
     accuracy: float
     activity: list[float]
+    dead: list[float]
+    saturated: list[float]
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,13 @@ class Epoch:
     The trackers log every one of them, a resumed run reads them back, and the curves are drawn from
     them. One that is added later needs a default, or else older runs cannot be taken up.
 
-    epoch: counted from 1. train_*, valid_*, activity (of the training): as Means. lr: the last
-    step's. seconds: spent in training steps. skipped_steps: left out since the run began.
+    epoch: counted from 1. train_*, valid_*, and activity, dead, saturated (of the training): as
+    Means. lr: the last step's. seconds: spent in training steps. skipped_steps: left out since the
+    run began. gradient_norm: of each layer's parameters and of the readout's, before clipping, the
+    mean over steps; it and dead and saturated are empty in older runs.
 
     Raises:
-        ValueError: a value that is no number. TypeError: activity is no list.
+        ValueError: a value that is no number. TypeError: what is a number a layer is no list.
     """
 
     epoch: int
@@ -47,6 +57,9 @@ class Epoch:
     seconds: float
     samples_per_second: float
     skipped_steps: int
+    dead: list[float] = field(default_factory=list)
+    saturated: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         for name, value in self.numbers():
@@ -54,21 +67,34 @@ class Epoch:
                 raise ValueError(f"{name}: expected a number, got {value!r}")
 
     def numbers(self) -> Iterator[tuple[str, float]]:
-        """Every number by name; the layers' activity as activity/1, activity/2 and so on."""
+        """Every number by name; the layers' as activity/1, activity/2 and so on."""
         for name, value in self.to_dict().items():
-            if name == "activity":
-                yield from ((f"activity/{k}", v) for k, v in enumerate(value, 1))
+            if name in BY_LAYER:
+                yield from ((f"{name}/{k}", v) for k, v in enumerate(value, 1))
             else:
                 yield name, value
+
+    def fits(self, layers: int) -> bool:
+        """Whether the line is of a network of so many hidden layers."""
+        shares = {len(self.dead), len(self.saturated)}
+        return (
+            len(self.activity) == layers
+            and shares <= {0, layers}
+            and len(self.gradient_norm) in (0, layers + 1)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The line's JSON values."""
         return dataclasses.asdict(self)
 
 
-def blank_totals(layers: int, device: torch.device) -> Tensor:
-    """Running totals of no samples [3 + layers] float64: of loss, right answers, ones, activity."""
-    return torch.zeros(3 + layers, dtype=torch.float64, device=device)
+def blank_totals(neurons: int, device: torch.device) -> Tensor:
+    """Running totals of no samples [3 + neurons] float64: of loss, right answers, ones, activity.
+
+    Args:
+        neurons: of all hidden layers.
+    """
+    return torch.zeros(3 + neurons, dtype=torch.float64, device=device)
 
 
 def loss_and_totals(
@@ -77,10 +103,10 @@ def loss_and_totals(
     """The loss of some samples, and what they add to the running totals.
 
     Args:
-        logits [B, classes]. labels [B] int64. activity [layers]: each layer's mean over them.
+        logits [B, classes]. labels [B] int64. activity [neurons]: each neuron's mean over them.
         weight: 1; or 0 for samples that only stand in.
     Returns:
-        the cross-entropy's sum over samples; the addition [3 + layers], in blank_totals' order.
+        the cross-entropy's sum over samples; the addition [3 + neurons], in blank_totals' order.
     """
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -90,8 +116,19 @@ def loss_and_totals(
     return (loss, totals) if weight else (loss * 0, totals * 0)
 
 
-def means(totals: Tensor) -> Means:
-    """Running totals divided by their samples; waits for the device."""
-    loss, correct, n, *activity = totals.tolist()
-    n = max(n, 1.0)
-    return Means(loss / n, correct / n, [a / n for a in activity])
+def means(totals: Tensor, hidden: Sequence[int]) -> Means:
+    """Running totals divided by their samples; waits for the device.
+
+    Args:
+        totals [3 + neurons]. hidden: neurons of each hidden layer.
+    """
+    totals = totals.cpu()
+    n = max(float(totals[2]), 1.0)
+    layers = (totals[3:] / n).split(list(hidden))
+    return Means(
+        float(totals[0]) / n,
+        float(totals[1]) / n,
+        [float(rates.mean()) for rates in layers],
+        [float((rates == 0).double().mean()) for rates in layers],
+        [float((rates >= SATURATED).double().mean()) for rates in layers],
+    )

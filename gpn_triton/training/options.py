@@ -106,6 +106,10 @@ class TrainConfig:
     skip_nonfinite: bool = option("Run", False,
         help="Leaves out and counts steps whose loss or gradient is not finite; without it such a "
         "step ends the run.")
+    keep_epochs: tuple[int, ...] | None = option("Run", None, result=False, check=FROM_0,
+        metavar="E",
+        help="Keeps the weights after these epochs, too, for python -m gpn_triton.analyze; 0 is "
+        "the network before training.")
     track: tuple[str, ...] = option("Run", (), result=False, choices=("tensorboard", "wandb"),
         help="Logs every epoch to these trackers, too; each is an extra of that name to install.")
 

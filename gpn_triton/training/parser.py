@@ -74,10 +74,23 @@ def build_parser(everything: bool = False) -> Parser:
     about = parser.add_argument_group("Help")
     about.add_argument("-h", "--help", action=_Help, help="Shows the options needed first.")
     about.add_argument("--help-all", action=_Help, help="Shows all options.")
-    group = about
+    add_options(parser, everything)
+    return parser
+
+
+def add_options(parser: Parser, everything: bool, without: Sequence[str] = ()) -> None:
+    """Give a parser the training options as flags, in groups.
+
+    Args:
+        parser: whose argument_default is argparse.SUPPRESS. everything: as build_parser.
+        without: options that are left out.
+    """
+    group = None
     for f in OPTIONS:
+        if f.name in without:
+            continue
         about = f.metadata
-        if group.title != about["group"]:
+        if group is None or group.title != about["group"]:
             group = parser.add_argument_group(about["group"])
         text = about["help"].replace("%", "%%")
         if f.default not in (None, ()) and f.default is not False:
@@ -90,7 +103,6 @@ def build_parser(everything: bool = False) -> Parser:
             help=text if everything or about["newcomer"] else argparse.SUPPRESS,
             **{**_READ[f.type.split(" | ")[0]], **given},
         )
-    return parser
 
 
 class _Help(argparse.Action):
@@ -119,6 +131,17 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     for source in TAKE_UP:
         if source in flags:
             return _of_run(flags, source)
+    return configuration(flags)
+
+
+def configuration(flags: dict[str, Any]) -> TrainConfig:
+    """The configuration that flags ask for, with what --preset and --config name under them.
+
+    Args:
+        flags: options by name, those alone that were given.
+    Raises:
+        ValueError, FileNotFoundError: as parse.
+    """
     given = (_read_toml(flags["config"]) if "config" in flags else {}) | flags
     preset = PRESETS.get(str(given.get("preset")), {})
     if "train_file" in given and "dataset" in given:

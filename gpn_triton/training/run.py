@@ -203,6 +203,8 @@ class Run:
             NonFiniteError: a loss or gradient was not finite.
             MemoryError: a step did not fit into memory.
         """
+        if self.progress["epoch"] == self.progress["step"] == 0:
+            self._keep_weights()
         track = self.cfg.track if self.world.is_writer else ()
         self.model.train()
         with (
@@ -239,7 +241,7 @@ class Run:
                 if due or self.device.type == "cpu":
                     self._check()
                 if due:
-                    bar.set_postfix_str(_describe(means(engine.totals)))
+                    bar.set_postfix_str(_describe(means(engine.totals, self.cfg.hidden)))
                     shown = time.perf_counter()
                 last = first + batch >= samples
                 asks = self.world.size == 1 or progress["step"] % ASK_STEPS == 0 or last
@@ -248,7 +250,7 @@ class Run:
                     progress["seconds"] += time.perf_counter() - started
                     self._save()
                     raise Interrupted(stop, Path(self.last_good).name)
-            trained = means(self.world.sum(engine.totals))
+            trained = engine.trained_means()
             progress["seconds"] += time.perf_counter() - started
         return trained
 
@@ -290,6 +292,9 @@ class Run:
             seconds=progress["seconds"],
             samples_per_second=len(self.training) / progress["seconds"],
             skipped_steps=int(engine.bad_steps),
+            dead=trained.dead,
+            saturated=trained.saturated,
+            gradient_norm=engine.gradient_norms(),
         )
         self.epochs.append(line)
         # of equal accuracies the one with the lower loss is better
@@ -300,6 +305,7 @@ class Run:
             progress |= {"best_accuracy": valid.accuracy, "best_loss": valid.loss}
             progress["best_epoch"] = epoch + 1
         progress |= {"epoch": epoch + 1, "step": 0, "seconds": 0.0}
+        self._keep_weights()
         if self.world.is_writer:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line.to_dict()) + "\n")
@@ -311,6 +317,12 @@ class Run:
             f"{line.samples_per_second:.0f} samples/s{skipped}"
         )
         return line
+
+    def _keep_weights(self) -> None:
+        """Keep the weights where --keep-epochs names this epoch."""
+        epoch = self.progress["epoch"]
+        if self.world.is_writer and epoch in (self.cfg.keep_epochs or ()):
+            run_folder.keep_weights(self.folder, self.model, epoch)
 
     def _finish(self) -> dict[str, Any]:
         """Test the best weights and write result.json and curves.png."""
@@ -327,6 +339,8 @@ class Run:
             "epochs": cfg.epochs,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "activity": test.activity,
+            "dead": test.dead,
+            "saturated": test.saturated,
             "samples_per_second": len(self.training) / seconds,
             "seconds_per_epoch": seconds,
             "floor_seconds_per_epoch": None,

@@ -30,6 +30,8 @@ from gpn_triton.training.options import TrainConfig, check_names, completed
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 WEIGHTS, CURVES = "best.safetensors", "curves.png"
 CHECKPOINTS, KEPT_CHECKPOINTS = "checkpoint-*.pt", 2
+# weights of an epoch that --keep-epochs names
+KEPT = "epoch-*.safetensors"
 SEED = "seed-"
 # of the files in SHD's layout that the training command reads
 NUM_CHANNELS = 700
@@ -104,7 +106,7 @@ def unfinished_like(cfg: TrainConfig) -> Path | None:
 
 def remove_leftovers(run: Path) -> None:
     """Remove the temporary files that a process killed while writing left in a run folder."""
-    for name in (CHECKPOINTS, WEIGHTS, METRICS, RESULT, CURVES, PROFILE, TRACE):
+    for name in (CHECKPOINTS, WEIGHTS, KEPT, METRICS, RESULT, CURVES, PROFILE, TRACE):
         for path in Path(run).glob(f".{name}.*"):
             path.unlink()
 
@@ -135,6 +137,16 @@ def load_weights(path: Path, model: nn.Module) -> None:
         # the first of several lines says only that there is an error
         reason = str(error).strip().splitlines()[:2][-1].strip()
         raise ValueError(f"weights: {path} does not fit this network: {reason}") from None
+
+
+def keep_weights(run: Path, model: nn.Module, epoch: int) -> None:
+    """Keep a model's weights after so many epochs."""
+    save_weights(Path(run, KEPT.replace("*", f"{epoch:05d}")), model)
+
+
+def kept_weights(run: str | Path) -> dict[int, Path]:
+    """The files that keep_weights wrote, by epoch."""
+    return {int(path.stem.rpartition("-")[2]): path for path in sorted(Path(run).glob(KEPT))}
 
 
 def checkpoint_path(run: Path, epoch: int, step: int) -> Path:
@@ -219,7 +231,7 @@ def read_metrics(run: str | Path, epochs: int, layers: int) -> tuple[dict[str, A
         text = path.read_text(encoding="utf-8")
         header, *lines = [json.loads(line) for line in text.splitlines()[: 1 + epochs]]
         found = [Epoch(**line) for line in lines]
-        if [len(line.activity) for line in found] != [layers] * epochs:
+        if len(found) != epochs or not all(line.fits(layers) for line in found):
             raise ValueError(f"expected {epochs} epochs of {layers} layers")
         return {"device": None, "commit": None} | header, found
     except (OSError, ValueError, TypeError, RecursionError) as error:
