@@ -76,7 +76,7 @@ class Engine:
         # which parameters are a layer's [1 + layers, parameters]
         self.of_layer = nn.functional.one_hot(torch.tensor(layers, device=device)).t().float()
         self.norms = torch.zeros(2 + readout, dtype=torch.float64, device=device)
-        self.one = torch.ones(1, device=device)
+        self.one, self.zeros = torch.ones(1, device=device), torch.zeros(2 + readout, device=device)
         # how many steps were left out; of the last of them the loss and the gradients' norms, but
         # under fp16 the loss alone
         self.bad_steps = torch.zeros((), dtype=torch.float64, device=device)
@@ -201,7 +201,7 @@ class Engine:
         bad = watched.dot(self.none) != 0
         torch.where(bad, watched, self.bad, out=self.bad)
         self.bad_steps += bad
-        self.norms += torch.where(by_layer.isfinite().all(), by_layer, 0)
+        self.norms += torch.where(by_layer.dot(self.zeros) == 0, by_layer, 0)
         if not self.scaler.is_enabled():
             # fused optimisers skip the update where this is 1
             self.optimizer.found_inf = bad.float()
