@@ -6,6 +6,7 @@ the state after the last step, as nn.LSTM does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -18,6 +19,9 @@ from gpn_triton.neurons.gpn import gpn_packed
 from gpn_triton.neurons.gpn_options import GPNOptions
 from gpn_triton.neurons.spike_linear import PackedPair
 
+# the quiet start multiplies the gates' rows by this; see docs/results/long-sequences.md
+QUIET = 0.2
+
 
 class GPN(nn.Module):
     """A layer of Gated Parametric Neurons.
@@ -26,7 +30,9 @@ class GPN(nn.Module):
         hidden_size: number of neurons N.
         variant, surrogate, alpha, backend, checkpoint_every, output: as gpn().
         reset_std: deviation of v_reset, drawn once a sequence in training; 0 in evaluation.
-    Source: arXiv 2412.01087; initialised as the authors' Linear(2 N, G N).
+        time_constants: None starts as the paper does; (shortest, longest), in bins, starts
+            quietly, see reset_parameters.
+    Source: arXiv 2412.01087; the paper's start is that of the authors' Linear(2 N, G N).
     """
 
     def __init__(
@@ -39,11 +45,14 @@ class GPN(nn.Module):
         checkpoint_every: int | None = None,
         output: str = "spikes",
         reset_std: float = 0.05,
+        time_constants: tuple[float, float] | None = None,
     ):
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        check_time_constants(time_constants)
         self.hidden_size = hidden_size
+        self.time_constants = time_constants
         self.options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
         self.reset_std = reset_std
         rows = len(reference.GATES[variant]) * hidden_size
@@ -61,11 +70,33 @@ class GPN(nn.Module):
         """Which of the paper's neurons this is."""
         return self.options.variant
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N)."""
+        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N); then, with time_constants, be quiet.
+
+        The quiet start makes leaky integrators of the neurons, so that the step's Jacobian is near
+        diag(f): the forget gates' biases give time constants spread evenly over the logarithm of
+        the range, the weights of f and i are small, and the bypass is 0.
+        """
         k = (2 * self.hidden_size) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -k, k)
+        gates, N = reference.GATES[self.variant], self.hidden_size
+        if self.time_constants is None or not gates:
+            return
+        # each gate's rows of weight_x, weight_v and bias
+        parts = zip(*(parameter.split(N) for parameter in self.parameters()), strict=True)
+        rows = dict(zip(gates, parts, strict=True))
+        for name in ("f", "i"):
+            for weight in rows.get(name, ())[:2]:
+                weight.mul_(QUIET)
+        for parameter in rows.get("b", ()):
+            parameter.zero_()
+        if "f" in rows:
+            low, high = map(math.log, self.time_constants)
+            steps = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+            decay = torch.exp(-1 / torch.exp(low + (high - low) * steps))
+            rows["f"][2].copy_(torch.logit(decay))
 
     def forward(
         self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None
@@ -127,6 +158,17 @@ class GPN(nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in asdict(self.options).items())
         return f"{self.hidden_size}, {options}"
+
+
+def check_time_constants(time_constants: tuple[float, float] | None) -> None:
+    """Raise ValueError unless they are None or (shortest, longest), above 0 and finite."""
+    if time_constants is None:
+        return
+    if len(time_constants) != 2 or not 0 < time_constants[0] <= time_constants[1] < math.inf:
+        raise ValueError(
+            "time_constants: expected the shortest and the longest, above 0, got "
+            f"{tuple(time_constants)}"
+        )
 
 
 class LIF(nn.Module):

@@ -29,6 +29,7 @@ _READ: dict[str, dict[str, Any]] = {
     "str": {},
     "bool": {"action": "store_true"},
     "tuple[int, ...]": {"type": int, "nargs": "+"},
+    "tuple[float, ...]": {"type": float, "nargs": "+"},
     "tuple[str, ...]": {"nargs": "+"},
 }
 
@@ -80,9 +81,11 @@ def build_parser(everything: bool = False) -> Parser:
         if group.title != about["group"]:
             group = parser.add_argument_group(about["group"])
         text = about["help"].replace("%", "%%")
-        if f.default not in (None, ()) and f.default is not False:
-            shown = f.default if isinstance(f.default, tuple) else (f.default,)
-            shown = about.get("shown", " ".join(map(str, shown)))
+        shown = about.get("shown")
+        if not shown and f.default not in (None, ()) and f.default is not False:
+            values = f.default if isinstance(f.default, tuple) else (f.default,)
+            shown = " ".join(map(str, values))
+        if shown:
             text += f" (default: {shown})"
         given = {k: about[k] for k in ("choices", "metavar", "nargs", "const") if k in about}
         group.add_argument(
@@ -147,6 +150,9 @@ def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
         ignored |= dict.fromkeys(("surrogate", "alpha", "checkpoint_every"), without)
         if cfg.backend == "triton":
             ignored["backend"] = without
+        ignored["time_constants"] = without
+    if cfg.init == "paper":
+        ignored["time_constants"] = "--init paper"
     if data != "--dataset synthetic":
         ignored |= dict.fromkeys(("samples", "classes"), data)
     if _own_file(cfg) or cfg.dataset == "synthetic":

@@ -106,6 +106,8 @@ class Run:
         self.metrics = folder / run_folder.METRICS
         if found := run_folder.load_checkpoint(folder):
             self._take_up(*found)
+        else:
+            self.engine.normalise(self.training, seed)
         if world.is_writer:
             run_folder.remove_leftovers(folder)
             lines = [self.header, *(epoch.to_dict() for epoch in self.epochs)]
