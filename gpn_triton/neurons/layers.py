@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ from gpn_triton.neurons.spike_linear import PackedPair
 
 # the quiet start multiplies the gates' rows by this; see docs/results/long-sequences.md
 QUIET = 0.2
+
+
+class Gate(NamedTuple):
+    """A gate's rows of a layer's parameters: weight_x [N, N], weight_v [N, N], bias [N]."""
+
+    weight_x: Tensor
+    weight_v: Tensor
+    bias: Tensor
 
 
 class GPN(nn.Module):
@@ -81,22 +90,24 @@ class GPN(nn.Module):
         k = (2 * self.hidden_size) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -k, k)
-        gates, N = reference.GATES[self.variant], self.hidden_size
-        if self.time_constants is None or not gates:
+        if self.time_constants is None:
             return
-        # each gate's rows of weight_x, weight_v and bias
-        parts = zip(*(parameter.split(N) for parameter in self.parameters()), strict=True)
-        rows = dict(zip(gates, parts, strict=True))
-        for name in ("f", "i"):
-            for weight in rows.get(name, ())[:2]:
-                weight.mul_(QUIET)
-        for parameter in rows.get("b", ()):
+        gates = self.gates()
+        for name in gates.keys() & {"f", "i"}:
+            gates[name].weight_x.mul_(QUIET)
+            gates[name].weight_v.mul_(QUIET)
+        for parameter in gates.get("b", ()):
             parameter.zero_()
-        if "f" in rows:
+        if "f" in gates:
             low, high = map(math.log, self.time_constants)
-            steps = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+            steps = (torch.arange(self.hidden_size, dtype=torch.float64) + 0.5) / self.hidden_size
             decay = torch.exp(-1 / torch.exp(low + (high - low) * steps))
-            rows["f"][2].copy_(torch.logit(decay))
+            gates["f"].bias.copy_(torch.logit(decay))
+
+    def gates(self) -> dict[str, Gate]:
+        """The parameters of each gate that the variant has, as views."""
+        parts = zip(*(p.split(self.hidden_size) for p in self.parameters()), strict=True)
+        return dict(zip(reference.GATES[self.variant], map(Gate._make, parts), strict=True))
 
     def forward(
         self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None

@@ -128,6 +128,15 @@ class SpikeLinear(nn.Linear):
         self.centre.copy_(mean)
         self.bias.zero_()
 
+    @torch.no_grad()
+    def scale_events(self, ratio: float) -> None:
+        """Take inputs that are ratio times as large as before for the same."""
+        if self.gain is None:
+            self.weight.div_(ratio)
+        else:
+            self.scale.div_(ratio)
+            self.centre.mul_(ratio)
+
     def forward(self, x: Tensor | Cells | Spikes) -> Tensor:
         """x [T, B, in_features], dense, as events or as spikes -> [T, B, out_features]."""
         weight, bias = self.folded()

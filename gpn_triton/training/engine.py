@@ -108,7 +108,8 @@ class Engine:
             for part in feed.batch(size).chunk(self.cfg.accumulate * self.world.size):
                 yield self._input(feed.events, part, self.augmentation)
 
-        self.model.normalise(batch)
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            self.model.normalise(batch)
 
     def start_epoch(self, feed: Feed, seed: int, epoch: int, step: int = 0) -> None:
         """Make ready for an epoch's training steps, each on the next samples of a random order.

@@ -84,6 +84,10 @@ class TrainConfig:
     resume: str | None = option("Run", None, newcomer=True, result=False, metavar="RUN",
         help="Goes on with an interrupted run, to the same bits; 'auto' takes the newest "
         "unfinished one under --out.")
+    init_from: str | None = option("Run", None, metavar="RUN",
+        help="Starts from a finished run's best weights instead of drawing them, with its network "
+        "and its binning; on other bins (--time-bins, --max-time) its decays are converted to the "
+        "new time step, so that training goes on at fine bins where it began at coarse ones.")
     eval_only: str | None = option("Run", None, result=False, metavar="RUN",
         help="Trains nothing and evaluates a run's best weights on its test set; 'auto' takes the "
         "newest finished run under --out.")
@@ -257,6 +261,11 @@ class TrainConfig:
 
 
 OPTIONS: tuple[dataclasses.Field, ...] = dataclasses.fields(TrainConfig)
+# what a run that starts from another one's weights takes over from it
+NETWORK_OPTIONS = tuple(
+    f.name for f in OPTIONS
+    if f.metadata["group"] == "Network" or f.metadata.get("sets", (None,))[0] is BinningConfig
+)  # fmt: skip
 RESULT_OPTIONS = tuple(f.name for f in OPTIONS if f.metadata["result"])
 
 
