@@ -52,7 +52,9 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
     network = network_arguments(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
     binning = cfg.settings(BinningConfig)
     # what changes neither the network nor what it computes, and what the network has already
-    del network["backend"], network["checkpoint_every"], binning["time_bins"]
+    for name in ("backend", "checkpoint_every", "time_constants"):
+        del network[name]
+    del binning["time_bins"]
     return {
         "format": FORMAT,
         "network": network,
@@ -97,6 +99,8 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
         FileNotFoundError, ValueError: as load_run. OSError: the folder cannot be written.
     """
     trained, out = load_run(run), Path(out)
+    # other programs know Linear alone
+    trained.model.fold()
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "model.safetensors", out / "model.json"]
     run_folder.save_weights(written[0], trained.model)

@@ -2,6 +2,7 @@
 
 python -m gpn_triton.predict runs/20250131-120000-shd-gpn my_recordings.h5
 python -m gpn_triton.predict RUN FILE.h5 --stream --out -
+python -m gpn_triton.predict RUN FILE.h5 --time-bins 250
 """
 
 import copy
@@ -107,6 +108,9 @@ def build_parser() -> Parser:
     parser.add_argument("--out", default="predictions.csv", metavar="FILE.csv",
         help="Names the file to write, or - for the standard output; a file that is there is "
         "replaced (default: %(default)s).")
+    parser.add_argument("--time-bins", type=int, metavar="T",
+        help="Computes on T bins of the run's window instead of as many as in training: a GPN "
+        "network's decays and gains are converted to the new time step.")
     parser.add_argument("--stream", action="store_true",
         help="Feeds the network bin by bin and carries its state from one to the next.")
     parser.add_argument("--device", default="auto",
@@ -126,6 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.out != "-":
             files.check_writable(args.out)
         device, trained = choose_device(args.device), load_run(args.run)
+        if args.time_bins is not None:
+            trained, did = trained.at(args.time_bins, trained.config.max_time)
+            print(f"{args.run}: {did}", file=sys.stderr)
         store = read_events(args.file, num_channels=NUM_CHANNELS, use_cache=False)
         logits = predict(trained, store, device, args.batch_size, args.stream)
         text = predictions_csv(trained.class_names, logits)

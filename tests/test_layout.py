@@ -19,8 +19,8 @@ ROOMS = {
     ),
     "machine": ("device distributed files graphs interrupt profile provenance", ""),
     "neurons": (
-        "checks cost derivatives event_linear explain gpn gpn_options layers networks "
-        "recurrence_torch reference spike_linear surrogate",
+        "checks cost derivatives event_linear explain gpn gpn_options jacobian layers networks "
+        "recurrence_torch reference spike_linear surrogate time_steps",
         "machine kernels",
     ),
     "data": (

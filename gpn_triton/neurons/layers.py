@@ -6,8 +6,10 @@ the state after the last step, as nn.LSTM does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,17 @@ from gpn_triton.neurons.gpn import gpn_packed
 from gpn_triton.neurons.gpn_options import GPNOptions
 from gpn_triton.neurons.spike_linear import PackedPair
 
+# the quiet start multiplies the gates' rows by this; see docs/results/long-sequences.md
+QUIET = 0.2
+
+
+class Gate(NamedTuple):
+    """A gate's rows of a layer's parameters: weight_x [N, N], weight_v [N, N], bias [N]."""
+
+    weight_x: Tensor
+    weight_v: Tensor
+    bias: Tensor
+
 
 class GPN(nn.Module):
     """A layer of Gated Parametric Neurons.
@@ -26,7 +39,9 @@ class GPN(nn.Module):
         hidden_size: number of neurons N.
         variant, surrogate, alpha, backend, checkpoint_every, output: as gpn().
         reset_std: deviation of v_reset, drawn once a sequence in training; 0 in evaluation.
-    Source: arXiv 2412.01087; initialised as the authors' Linear(2 N, G N).
+        time_constants: None starts as the paper does; (shortest, longest), in bins, starts
+            quietly, see reset_parameters.
+    Source: arXiv 2412.01087; the paper's start is that of the authors' Linear(2 N, G N).
     """
 
     def __init__(
@@ -39,11 +54,14 @@ class GPN(nn.Module):
         checkpoint_every: int | None = None,
         output: str = "spikes",
         reset_std: float = 0.05,
+        time_constants: tuple[float, float] | None = None,
     ):
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        check_time_constants(time_constants)
         self.hidden_size = hidden_size
+        self.time_constants = time_constants
         self.options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
         self.reset_std = reset_std
         rows = len(reference.GATES[variant]) * hidden_size
@@ -61,11 +79,35 @@ class GPN(nn.Module):
         """Which of the paper's neurons this is."""
         return self.options.variant
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N)."""
+        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N); then, with time_constants, be quiet.
+
+        The quiet start makes leaky integrators of the neurons, so that the step's Jacobian is near
+        diag(f): the forget gates' biases give time constants spread evenly over the logarithm of
+        the range, the weights of f and i are small, and the bypass is 0.
+        """
         k = (2 * self.hidden_size) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -k, k)
+        if self.time_constants is None:
+            return
+        gates = self.gates()
+        for name in gates.keys() & {"f", "i"}:
+            gates[name].weight_x.mul_(QUIET)
+            gates[name].weight_v.mul_(QUIET)
+        for parameter in gates.get("b", ()):
+            parameter.zero_()
+        if "f" in gates:
+            low, high = map(math.log, self.time_constants)
+            steps = (torch.arange(self.hidden_size, dtype=torch.float64) + 0.5) / self.hidden_size
+            decay = torch.exp(-1 / torch.exp(low + (high - low) * steps))
+            gates["f"].bias.copy_(torch.logit(decay))
+
+    def gates(self) -> dict[str, Gate]:
+        """The parameters of each gate that the variant has, as views."""
+        parts = zip(*(p.split(self.hidden_size) for p in self.parameters()), strict=True)
+        return dict(zip(reference.GATES[self.variant], map(Gate._make, parts), strict=True))
 
     def forward(
         self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None
@@ -127,6 +169,17 @@ class GPN(nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in asdict(self.options).items())
         return f"{self.hidden_size}, {options}"
+
+
+def check_time_constants(time_constants: tuple[float, float] | None) -> None:
+    """Raise ValueError unless they are None or (shortest, longest), above 0 and finite."""
+    if time_constants is None:
+        return
+    if len(time_constants) != 2 or not 0 < time_constants[0] <= time_constants[1] < math.inf:
+        raise ValueError(
+            "time_constants: expected the shortest and the longest, above 0, got "
+            f"{tuple(time_constants)}"
+        )
 
 
 class LIF(nn.Module):

@@ -9,7 +9,7 @@ NEURONS is the table of neurons: a new one is a row here, and a layer in a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,7 +22,14 @@ from gpn_triton.neurons import cost
 from gpn_triton.neurons.checks import check_sequence
 from gpn_triton.neurons.event_linear import Cells
 from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
-from gpn_triton.neurons.layers import GPN, LIF, Convolution, CubaLIF, HeldDropout
+from gpn_triton.neurons.layers import (
+    GPN,
+    LIF,
+    Convolution,
+    CubaLIF,
+    HeldDropout,
+    check_time_constants,
+)
 from gpn_triton.neurons.reference import GATES
 from gpn_triton.neurons.spike_linear import SpikeLinear, Spikes
 
@@ -31,9 +38,10 @@ from gpn_triton.neurons.spike_linear import SpikeLinear, Spikes
 class Neuron:
     """A row of the table of neurons.
 
-    build: makes a layer from its inputs, its neurons and GPN's options. The layer takes a current
-        [T, B, N] (and a state) and returns its output [T, B, N] and its state, as nn.LSTM does. If
-        it has a method draw(batch, like), it takes what that drew as v_reset.
+    build: makes a layer from its inputs, its neurons, GPN's options and the time constants of a
+        quiet start. The layer takes a current [T, B, N] (and a state) and returns its output
+        [T, B, N] and its state, as nn.LSTM does. If it has a method draw(batch, like), it takes
+        what that drew as v_reset.
     work: what cost counts of it; None: nothing.
     is_gpn: whether it is a variant of GPN, which takes the options and can be exported in the
         authors' layout.
@@ -42,7 +50,7 @@ class Neuron:
     needs_time_bins: whether it sees all bins at once, so that their number is fixed.
     """
 
-    build: Callable[[int, int, GPNOptions], nn.Module]
+    build: Callable[[int, int, GPNOptions, tuple[float, float] | None], nn.Module]
     work: cost.Work | None = None
     is_gpn: bool = False
     sparse_input: bool = True
@@ -50,26 +58,29 @@ class Neuron:
 
 
 def _gpn(variant: str) -> Neuron:
-    def build(inputs: int, N: int, options: GPNOptions) -> nn.Module:
-        return GPN(N, *astuple(replace(options, variant=variant)))
+    def build(
+        inputs: int, N: int, options: GPNOptions, time_constants: tuple[float, float] | None
+    ) -> nn.Module:
+        own = astuple(replace(options, variant=variant))
+        return GPN(N, *own, time_constants=time_constants)
 
     return Neuron(build, cost.gated_spiking(len(GATES[variant])), is_gpn=True)
 
 
 def _twin(layer: type[nn.Module], gates: int) -> Neuron:
     """A layer of torch that is no spiking neuron, of the same sizes."""
-    return Neuron(lambda inputs, N, _: layer(inputs, N), cost.gated(gates), sparse_input=False)
+    return Neuron(lambda inputs, N, *_: layer(inputs, N), cost.gated(gates), sparse_input=False)
 
 
 NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for variant in GATES} | {
-    "lif": Neuron(lambda _, N, __: LIF(N), cost.LEAKY),
-    "plif": Neuron(lambda _, N, __: LIF(N, learn_tau=True), cost.LEAKY),
-    "cuba-lif": Neuron(lambda _, N, __: CubaLIF(N)),
+    "lif": Neuron(lambda _, N, *__: LIF(N), cost.LEAKY),
+    "plif": Neuron(lambda _, N, *__: LIF(N, learn_tau=True), cost.LEAKY),
+    "cuba-lif": Neuron(lambda _, N, *__: CubaLIF(N)),
     "lstm": _twin(nn.LSTM, 4),
     "gru": _twin(nn.GRU, 3),
     "rnn": _twin(nn.RNN, 1),
     "cnn": Neuron(
-        lambda inputs, N, _: Convolution(inputs, N), sparse_input=False, needs_time_bins=True
+        lambda inputs, N, *_: Convolution(inputs, N), sparse_input=False, needs_time_bins=True
     ),
 }
 READOUTS = ("mean", "last")
@@ -111,6 +122,9 @@ class SpikingClassifier(nn.Module):
         readout: mean over time of the logits, or those of the last step.
         time_bins: T; needed by cnn alone, whose readout sees every bin.
         surrogate, alpha, backend, checkpoint_every: as gpn(), for the GPN neurons.
+        time_constants: (shortest, longest) in bins: the network starts quietly, the GPN neurons as
+            GPN says, and spiking neurons' currents are normalised (call normalise with data before
+            training). None: as the paper's.
     Raises:
         ValueError: an option that does not fit.
     Source: arXiv 2412.01087; the networks of the authors' two implementations.
@@ -129,6 +143,7 @@ class SpikingClassifier(nn.Module):
         alpha: float = 2.0,
         backend: str = "auto",
         checkpoint_every: int | None = None,
+        time_constants: tuple[float, float] | None = None,
     ):
         super().__init__()
         if not hidden or any(n < 1 for n in hidden):
@@ -142,6 +157,8 @@ class SpikingClassifier(nn.Module):
                 f"'mean', got {time_bins} and {readout!r}"
             )
         options = GPNOptions("full", surrogate, alpha, backend, checkpoint_every)
+        check_time_constants(time_constants)
+        quiet = time_constants is not None
         self.neuron = neuron
         self.hidden = tuple(hidden)
         self.readout = readout
@@ -149,10 +166,46 @@ class SpikingClassifier(nn.Module):
         for layer, (n_in, n) in enumerate(zip([inputs, *hidden], hidden, strict=False), 1):
             feeds_mean = layer == len(hidden) and readout == "mean"
             own = replace(options, output="mean") if feeds_mean else options
-            self.inputs.append(SpikeLinear(n_in, n, backend) if row.sparse_input else nn.Identity())
-            self.neurons.append(row.build(n_in, n, own))
+            linear = SpikeLinear(n_in, n, backend, quiet) if row.sparse_input else nn.Identity()
+            self.inputs.append(linear)
+            self.neurons.append(row.build(n_in, n, own, time_constants))
         self.dropout = HeldDropout(dropout)
         self.output = nn.Linear(hidden[-1] * (time_bins if row.needs_time_bins else 1), classes)
+
+    @torch.no_grad()
+    def normalise(self, batches: Callable[[], Iterable[Tensor | Cells]]) -> None:
+        """Give the neurons of a network that starts quietly currents of mean 0 and variance 1.
+
+        The statistics are set, layer after layer, so that this holds over all bins and samples of
+        some inputs in evaluation; weights, gains and biases learn freely from there.
+
+        Args:
+            batches: gives the same inputs each time it is called, each as forward takes them.
+        Source: in the manner of Mishkin and Matas, arXiv 1511.06422.
+        """
+        training = self.training
+        self.eval()
+        for k, linear in enumerate(self.inputs):
+            if getattr(linear, "gain", None) is None:
+                continue
+            count, inputs, currents, squares = 0, 0, 0, 0
+            for x in batches():
+                for before, neuron in zip(self.inputs[:k], self.neurons[:k], strict=True):
+                    x = neuron(before(x))[0]
+                current = linear(x).flatten(0, 1).double()
+                count += len(current)
+                inputs += x.sums() if isinstance(x, Cells) else x.sum((0, 1), dtype=torch.float64)
+                currents += current.sum(0)
+                squares += current.square().sum(0)
+            linear.set_statistics(inputs / count, squares / count - (currents / count).square())
+        self.train(training)
+
+    def fold(self) -> None:
+        """Put what normalises a current into its weights, which changes nothing that is computed
+        but for rounding."""
+        for linear in self.inputs:
+            if getattr(linear, "gain", None) is not None:
+                linear.fold()
 
     def draw(self, batch: int) -> list[Draws]:
         """Make a batch's random draws: in training v_reset and the mask of held dropout.

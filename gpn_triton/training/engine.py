@@ -16,7 +16,7 @@ from gpn_triton.machine.distributed import ALONE, World
 from gpn_triton.machine.graphs import Graphs
 from gpn_triton.neurons.event_linear import Cells
 from gpn_triton.neurons.networks import NEURONS, Draws, SpikingClassifier
-from gpn_triton.training.build import amp_dtype, build_augmentation, build_binning
+from gpn_triton.training.build import amp_dtype, build_augmentation, build_binning, clip_norm
 from gpn_triton.training.objective import Means, blank_totals, loss_and_totals, means
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.schedule import Schedule
@@ -94,6 +94,23 @@ class Engine:
         sparse = self.amp is None and NEURONS[self.cfg.neuron].sparse_input
         return batch_input(events, indices, self.binning, augmentation, self.key, sparse)
 
+    def normalise(self, feed: Feed, seed: int) -> None:
+        """Normalise the network's currents, where it starts quietly, by its first training batch.
+
+        Args:
+            feed: the training samples. seed: as start_epoch.
+        """
+        size = min(self.cfg.batch_size, len(feed))
+
+        def batch():
+            self.start_epoch(feed, seed, 0)
+            feed.ahead(size)
+            for part in feed.batch(size).chunk(self.cfg.accumulate * self.world.size):
+                yield self._input(feed.events, part, self.augmentation)
+
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            self.model.normalise(batch)
+
     def start_epoch(self, feed: Feed, seed: int, epoch: int, step: int = 0) -> None:
         """Make ready for an epoch's training steps, each on the next samples of a random order.
 
@@ -146,9 +163,9 @@ class Engine:
 
     def _update(self, mean_loss: Tensor) -> None:
         """Change the weights by the gradients that are there, and let go of these."""
-        if self.cfg.clip_grad is not None:
+        if norm := clip_norm(self.cfg):
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
+            nn.utils.clip_grad_norm_(self.model.parameters(), norm)
         self._watch(mean_loss)
         self.steps += 1
         self.lr.copy_(self.warm_rate * (self.steps / self.warm_steps).clamp(max=1))

@@ -24,6 +24,8 @@ AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TAKE_UP = ("resume", "eval_only")
 
 
+INITS = ("quiet", "paper")
+
 # what a number must be, as a test and in words
 FROM_0 = (lambda v: v >= 0), "0 or more"
 FROM_1 = (lambda v: v >= 1), "at least 1"
@@ -82,6 +84,10 @@ class TrainConfig:
     resume: str | None = option("Run", None, newcomer=True, result=False, metavar="RUN",
         help="Goes on with an interrupted run, to the same bits; 'auto' takes the newest "
         "unfinished one under --out.")
+    init_from: str | None = option("Run", None, metavar="RUN",
+        help="Starts from a finished run's best weights instead of drawing them, with its network "
+        "and its binning; on other bins (--time-bins, --max-time) its decays are converted to the "
+        "new time step, so that training goes on at fine bins where it began at coarse ones.")
     eval_only: str | None = option("Run", None, result=False, metavar="RUN",
         help="Trains nothing and evaluates a run's best weights on its test set; 'auto' takes the "
         "newest finished run under --out.")
@@ -181,6 +187,14 @@ class TrainConfig:
     alpha: float = option("Network", 2.0, check=ABOVE_0, metavar="A",
         help="Sets how narrow the surrogate gradient is about the threshold; a larger value is "
         "narrower and steeper.")
+    init: str = option("Network", "quiet", choices=INITS, before="paper",
+        help="Chooses how the weights start: quiet, which learns long sequences and fine bins (GPN "
+        "neurons as leaky integrators, and currents normalised to the data), or as the paper's "
+        "(paper).")
+    time_constants: tuple[float, ...] | None = option("Network", None, check=ABOVE_0,
+        metavar="SECONDS", shown="1/80 of --max-time, but half a bin at least, to half of it",
+        help="Sets the shortest and the longest time constant that the neurons of --init quiet "
+        "start with, in seconds; they are spread evenly over the logarithm.")
     checkpoint_every: int | None = option("Network", None, check=FROM_1, metavar="K",
         help="Saves the membrane potential of every K-th step only and recomputes the others in "
         "the backward pass: less memory, more time.")
@@ -204,8 +218,9 @@ class TrainConfig:
         "at all (constant), or times 0.75 after 3 epochs without a lower training loss (plateau).")
     warmup_epochs: int = option("Optimisation", 0, check=FROM_0, metavar="E",
         help="Lets the learning rate rise step by step over the first E epochs.")
-    clip_grad: float | None = option("Optimisation", None, check=ABOVE_0, metavar="NORM",
-        help="Scales the gradient down where its norm is larger than this.")
+    clip_grad: float | None = option("Optimisation", None, check=FROM_0, metavar="NORM",
+        shown="0.5 with --init quiet, 0 with paper",
+        help="Scales the gradient down where its norm is larger than this; 0 never does.")
     # fmt: on
 
     def __post_init__(self):
@@ -222,6 +237,7 @@ class TrainConfig:
             ("accumulate", self.accumulate <= batch, f"at most batch_size ({batch})"),
             ("warmup_epochs", self.warmup_epochs < epochs, f"fewer than epochs ({epochs})"),
             ("dataset", named, f"{', '.join(DATASETS)} or a file ending in .h5"),
+            ("time_constants", _is_range(self.time_constants), "the shortest and the longest"),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")
@@ -245,6 +261,11 @@ class TrainConfig:
 
 
 OPTIONS: tuple[dataclasses.Field, ...] = dataclasses.fields(TrainConfig)
+# what a run that starts from another one's weights takes over from it
+NETWORK_OPTIONS = tuple(
+    f.name for f in OPTIONS
+    if f.metadata["group"] == "Network" or f.metadata.get("sets", (None,))[0] is BinningConfig
+)  # fmt: skip
 RESULT_OPTIONS = tuple(f.name for f in OPTIONS if f.metadata["result"])
 
 
@@ -289,17 +310,27 @@ def _check_value(f: dataclasses.Field, value: Any) -> None:
     kind = f.type.split(" | ")[0]
     fits = {
         "int": _is_int(value),
-        "float": _is_int(value) or (isinstance(value, float) and math.isfinite(value)),
+        "float": _is_number(value),
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
         "tuple[int, ...]": isinstance(value, tuple) and value and all(map(_is_int, value)),
+        "tuple[float, ...]": isinstance(value, tuple) and all(map(_is_number, value)),
         "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(v, str) for v in value),
     }[kind]
     if not fits:
-        kind = "whole numbers" if kind == "tuple[int, ...]" else kind
+        kind = {"tuple[int, ...]": "whole numbers", "tuple[float, ...]": "numbers"}.get(kind, kind)
         raise ValueError(f"{f.name}: expected {kind}, got {_short(value)}")
     if expected and not all(map(test, values)):
         raise ValueError(f"{f.name}: expected {expected}, got {_short(value)}")
+
+
+def _is_range(values: tuple[float, ...] | None) -> bool:
+    """Whether values are two, the first not the larger; or None."""
+    return values is None or (len(values) == 2 and values[0] <= values[1])
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_int(value: Any) -> bool:

@@ -13,9 +13,16 @@ from typing import Any
 
 from gpn_triton.data.datasets import DATASETS
 from gpn_triton.neurons.networks import NEURONS
-from gpn_triton.training.options import OPTIONS, TAKE_UP, TrainConfig, check_names, did_you_mean
+from gpn_triton.training.options import (
+    NETWORK_OPTIONS,
+    OPTIONS,
+    TAKE_UP,
+    TrainConfig,
+    check_names,
+    did_you_mean,
+)
 from gpn_triton.training.presets import PRESETS
-from gpn_triton.training.run_folder import CONFIG, newest, read_options
+from gpn_triton.training.run_folder import CONFIG, newest, read_options, read_seed_options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +36,7 @@ _READ: dict[str, dict[str, Any]] = {
     "str": {},
     "bool": {"action": "store_true"},
     "tuple[int, ...]": {"type": int, "nargs": "+"},
+    "tuple[float, ...]": {"type": float, "nargs": "+"},
     "tuple[str, ...]": {"nargs": "+"},
 }
 
@@ -80,9 +88,11 @@ def build_parser(everything: bool = False) -> Parser:
         if group.title != about["group"]:
             group = parser.add_argument_group(about["group"])
         text = about["help"].replace("%", "%%")
-        if f.default not in (None, ()) and f.default is not False:
-            shown = f.default if isinstance(f.default, tuple) else (f.default,)
-            shown = about.get("shown", " ".join(map(str, shown)))
+        shown = about.get("shown")
+        if not shown and f.default not in (None, ()) and f.default is not False:
+            values = f.default if isinstance(f.default, tuple) else (f.default,)
+            shown = " ".join(map(str, values))
+        if shown:
             text += f" (default: {shown})"
         given = {k: about[k] for k in ("choices", "metavar", "nargs", "const") if k in about}
         group.add_argument(
@@ -120,12 +130,15 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         if source in flags:
             return _of_run(flags, source)
     given = (_read_toml(flags["config"]) if "config" in flags else {}) | flags
-    preset = PRESETS.get(str(given.get("preset")), {})
+    preset = dict(PRESETS.get(str(given.get("preset")), {}))
     if "train_file" in given and "dataset" in given:
         raise ValueError("dataset: expected either --dataset or --train-file, got both")
     for name in ("valid_file", "test_file"):
         if name in given and "train_file" not in given:
             raise ValueError(f"{name}: expected --train-file beside it")
+    if "init_from" in given:
+        there = read_seed_options(given["init_from"], "init_from")
+        preset |= {name: there[name] for name in NETWORK_OPTIONS}
     cfg = TrainConfig(**{**preset, **given})
     if _own_file(cfg) and "channel_shift" not in given:
         cfg = dataclasses.replace(cfg, channel_shift=0)
@@ -147,6 +160,11 @@ def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
         ignored |= dict.fromkeys(("surrogate", "alpha", "checkpoint_every"), without)
         if cfg.backend == "triton":
             ignored["backend"] = without
+        ignored["time_constants"] = without
+    if cfg.init == "paper":
+        ignored["time_constants"] = "--init paper"
+    if cfg.init_from is not None:
+        ignored |= dict.fromkeys(("init", "time_constants"), "--init-from")
     if data != "--dataset synthetic":
         ignored |= dict.fromkeys(("samples", "classes"), data)
     if _own_file(cfg) or cfg.dataset == "synthetic":

@@ -107,6 +107,11 @@ class Run:
         self.metrics = folder / run_folder.METRICS
         if found := run_folder.load_checkpoint(folder):
             self._take_up(*found)
+        elif cfg.init_from is not None:
+            names = splits.train.class_names
+            world.say(run_folder.start_from(cfg.init_from, cfg, self.model, names))
+        else:
+            self.engine.normalise(self.training, seed)
         if world.is_writer:
             run_folder.remove_leftovers(folder)
             lines = [self.header, *(epoch.to_dict() for epoch in self.epochs)]
