@@ -110,13 +110,15 @@ class GPN(nn.Module):
         return dict(zip(reference.GATES[self.variant], map(Gate._make, parts), strict=True))
 
     def forward(
-        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run the layer.
 
         Args:
             x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
-            v_reset [B, N]: default: drawn in training, zeros in evaluation.
+            v_reset [B, N]: default: drawn in training, zeros in evaluation. lengths [B] int: see
+            gpn().
         Returns:
             spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]: a pair, which carries
             the packed spikes that gpn_packed gives, for the next layer's SpikeLinear.
@@ -125,7 +127,7 @@ class GPN(nn.Module):
         if v_reset is None:
             v_reset = self.draw(x.shape[1], x)
         weights = self.weight_x, self.weight_v, self.bias
-        spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options)
+        spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options, lengths)
         return PackedPair(spikes, v_final).carry(bits)
 
     def draw(self, batch: int, like: Tensor) -> Tensor | None:
