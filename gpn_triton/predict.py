@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from gpn_triton.data.binning import bin_batch
-from gpn_triton.data.datasets import class_difference
+from gpn_triton.data.datasets import DENSE, class_difference
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.sources.hdf5 import read_events
 from gpn_triton.machine import files, interrupt
 from gpn_triton.machine.device import choose_device
 from gpn_triton.training.build import build_binning
 from gpn_triton.training.parser import Parser
-from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
+from gpn_triton.training.run_folder import TrainedRun, load_run
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def predict(
     differ in the last of 53 bits, and rounding the logits to 24 removes that.
 
     Args:
-        trained: the run. store: samples with 700 channels; their labels do not count.
+        trained: the run. store: samples of the run's channels; their labels do not count.
         device: where to compute. batch_size: samples at once, which bounds the memory.
         stream: feed the network bin by bin with its state carried.
     Returns:
@@ -130,10 +130,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.out != "-":
             files.check_writable(args.out)
         device, trained = choose_device(args.device), load_run(args.run)
+        if trained.config.made in DENSE:
+            raise ValueError(
+                f"run: {args.run} learned {trained.config.made}, whose inputs are no events"
+            )
         if args.time_bins is not None:
             trained, did = trained.at(args.time_bins, trained.config.max_time)
             print(f"{args.run}: {did}", file=sys.stderr)
-        store = read_events(args.file, num_channels=NUM_CHANNELS, use_cache=False)
+        store = read_events(args.file, num_channels=trained.num_channels, use_cache=False)
         logits = predict(trained, store, device, args.batch_size, args.stream)
         text = predictions_csv(trained.class_names, logits)
         if args.out == "-":

@@ -24,8 +24,8 @@ ROOMS = {
         "machine kernels",
     ),
     "data": (
-        "augmentation binning datasets events feed hold_out sources.download sources.hdf5 "
-        "sources.hdf5_reader sources.synthetic",
+        "augmentation binning datasets dense events feed hold_out sources.download sources.hdf5 "
+        "sources.hdf5_reader sources.images sources.long_tasks sources.synthetic",
         "neurons machine kernels",
     ),
     "training": (

@@ -24,12 +24,15 @@ from gpn_triton.data.augmentation import (
     spread,
     where,
 )
+from gpn_triton.data.dense import DeviceDense
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.machine.device import choose_backend
 from gpn_triton.neurons.event_linear import Cells
 
 # of the draws: what they depend on beside the sample and the event
 Key = Tensor | tuple[int, int]
+# the time bins first..last - 1 of a sequence that is taken in pieces; None: all of them
+Steps = tuple[int, int] | None
 STYLES = ("counts", "authors")
 # there is no kernel for a CPU
 BACKENDS = ("auto", "triton", "torch")
@@ -97,34 +100,41 @@ class BinningConfig:
         """Input channels of the counts: ceil(channels / channel_bin)."""
         return -(-channels // self.channel_bin)
 
-    def shape(self, events: DeviceEvents, indices: Tensor) -> tuple[int, int, int]:
-        """(T, B, columns) of the counts of some samples."""
-        return self.time_bins, len(indices), self.columns(events.num_channels)
+    def shape(
+        self, events: DeviceEvents, indices: Tensor, steps: Steps = None
+    ) -> tuple[int, int, int]:
+        """(bins, B, columns) of the counts of some samples in the bins steps; None: in all."""
+        first, last = steps or (0, self.time_bins)
+        return last - first, len(indices), self.columns(events.num_channels)
 
 
 def batch_input(
-    events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
-    key: Key | None, sparse: bool,
+    events: DeviceEvents | DeviceDense, indices: Tensor, config: BinningConfig,
+    augmentation: Augmentation | None, key: Key | None, sparse: bool, steps: Steps = None,
 ) -> Tensor | Cells:  # fmt: skip
     """Some samples in the form in which the network takes them soonest.
 
     On a CPU that is a list of events, where the samples have few a cell, or a copy of counts that
-    are kept; else events are counted. The numbers are the same in every form.
+    are kept; else events are counted. The numbers are the same in every form. Real-valued inputs
+    are what they are.
 
     Args:
-        events, indices, config, augmentation: as in bin_batch. key: its draw_key.
+        events, indices, config, augmentation, steps: as in bin_batch. key: its draw_key.
         sparse: whether the network can take a list of events.
     Returns:
-        Cells of shape (T, B, columns), or counts [T, B, columns] of config.dtype.
+        Cells of shape (T, B, columns), or counts [T, B, columns] of config.dtype; of the bins
+        `steps` alone, where they are given.
     """
+    if isinstance(events, DeviceDense):
+        return events.batch(indices, *(steps or (0, config.time_bins)), config.dtype)
     if sparse and prefers_cells(events, config):
-        return bin_cells(events, indices, config, augmentation, key)
+        return bin_cells(events, indices, config, augmentation, key, steps)
     _check(indices, augmentation, key)
-    if events.kept is not None:
+    if events.kept is not None and steps is None:
         counts = _kept_counts(events, indices, config, augmentation, key)
         if counts is not None:
             return counts
-    return bin_batch(events, indices, config, augmentation, key)
+    return bin_batch(events, indices, config, augmentation, key, steps=steps)
 
 
 def prefers_cells(events: DeviceEvents, config: BinningConfig) -> bool:
@@ -136,6 +146,7 @@ def prefers_cells(events: DeviceEvents, config: BinningConfig) -> bool:
 def bin_batch(
     events: DeviceEvents, indices: Tensor, config: BinningConfig,
     augmentation: Augmentation | None = None, draw_key: Key | None = None, backend: str = "auto",
+    steps: Steps = None,
 ) -> Tensor:  # fmt: skip
     """Count the events of some samples by time bin and channel.
 
@@ -153,8 +164,9 @@ def bin_batch(
             on the events' device, or two integers. Needed with an augmentation.
         backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto; see
             device.choose_backend. Counts are the same, bit for bit.
+        steps: first and last + 1 of the T time bins that are wanted; None: all.
     Returns:
-        counts [T, B, ceil(C / channel_bin)] of config.dtype.
+        counts [T, B, ceil(C / channel_bin)] of config.dtype, T being the number of bins wanted.
     Raises:
         ValueError: indices of another type or shape, an augmentation without a key, or an unknown
             backend.
@@ -173,11 +185,11 @@ def bin_batch(
             return binning_count(
                 events.times, events.units, events.offsets, events.numbers,
                 indices.contiguous(), key, events.num_channels, events.longest, config,
-                augmentation,
+                augmentation, *(steps or (0, config.time_bins)),
             )  # fmt: skip
 
-    counts = torch.zeros(config.shape(events, indices), device=indices.device)
-    for cell, weight in _cells(events, indices, config, augmentation, draw_key):
+    counts = torch.zeros(config.shape(events, indices, steps), device=indices.device)
+    for cell, weight in _cells(events, indices, config, augmentation, draw_key, steps):
         if weight is None:
             weight = torch.ones_like(cell, dtype=torch.float32)
         # sums of ones are exact in float32, in whatever order
@@ -187,12 +199,13 @@ def bin_batch(
 
 def bin_cells(
     events: DeviceEvents, indices: Tensor, config: BinningConfig,
-    augmentation: Augmentation | None = None, draw_key: Key | None = None,
+    augmentation: Augmentation | None = None, draw_key: Key | None = None, steps: Steps = None,
 ) -> Cells:  # fmt: skip
     """The events that bin_batch counts, as a sorted list for event_linear; in torch alone.
 
     Args:
-        events, indices, config, augmentation, draw_key: as bin_batch; config.dtype is not used.
+        events, indices, config, augmentation, draw_key, steps: as bin_batch; config.dtype is not
+            used.
     Returns:
         Cells of shape (T, B, ceil(C / channel_bin)); their dense() is bin_batch in float32.
     Raises:
@@ -200,9 +213,9 @@ def bin_cells(
     """
     _check(indices, augmentation, draw_key)
     found = [indices.new_empty(0)]
-    for cell, weight in _cells(events, indices, config, augmentation, draw_key):
+    for cell, weight in _cells(events, indices, config, augmentation, draw_key, steps):
         found.append(cell if weight is None else cell[weight > 0])
-    return Cells.from_cells(torch.cat(found), config.shape(events, indices))
+    return Cells.from_cells(torch.cat(found), config.shape(events, indices, steps))
 
 
 class KeptCounts:
@@ -275,11 +288,11 @@ def _check(indices: Tensor, augmentation: Augmentation | None, draw_key: Key | N
 
 def _cells(
     events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
-    draw_key: Key | None,
+    draw_key: Key | None, steps: Steps,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
     """For one block of samples after the other: each event's place in counts.flatten() [E] int64,
     and 1 for an event that stays, 0 for another [E] float32; None: all stay."""
-    shape = config.shape(events, indices)
+    shape = config.shape(events, indices, steps)
     _, B, columns = shape
     # half the bytes of int64 is two thirds of the time
     short = torch.int32 if math.prod(shape) < 1 << 31 else torch.int64
@@ -301,6 +314,10 @@ def _cells(
                     weight = torch.cat([weight, torch.ones_like(noise[0])])
         jittered = augmentation is not None and augmentation.time_jitter > 0
         bin, channel, weight = _place(config, t, unit, weight, events.num_channels, jittered)
+        if steps is not None:
+            bin -= steps[0]
+            weight = where(where(weight, torch.ge, bin, 0), torch.lt, bin, shape[0])
+            bin.clamp_(0, shape[0] - 1)
         yield bin.mul_(B * columns).add_(row).add_(channel).long(), weight
 
 

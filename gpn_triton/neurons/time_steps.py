@@ -46,8 +46,9 @@ def change_time_step(model: SpikingClassifier, ratio: float) -> None:
     for linear, neuron in zip(model.inputs, model.neurons, strict=True):
         linear.scale_events(ratio)
         _change_gates(neuron, ratio)
-    if model.readout == "mean":
-        model.output.weight.div_(ratio)
+    if model.readout != "last":
+        # the mean's columns come first; a membrane comes to rest where it did
+        model.output.weight[:, : model.hidden[-1]].div_(ratio)
 
 
 def _change_gates(layer: GPN, ratio: float) -> None:

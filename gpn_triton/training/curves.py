@@ -6,7 +6,7 @@ from gpn_triton.machine.files import write_atomically
 from gpn_triton.training.objective import Epoch
 
 
-def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
+def draw_curves(path: Path, epochs: list[Epoch], best: int, title: str) -> None:
     """Write the curves of a run as a PNG.
 
     Args:
@@ -22,7 +22,7 @@ def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     for axes, key, scale, label in (
-        (left, "loss", 1, "cross-entropy"),
+        (left, "loss", 1, "loss"),
         (middle, "accuracy", 100, "accuracy, %"),
     ):
         for split in ("train", "valid"):
@@ -38,7 +38,6 @@ def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    best = max(epochs, key=lambda epoch: (epoch.valid_accuracy, -epoch.valid_loss))
-    middle.axvline(best.epoch, color="0.6", linewidth=0.8, linestyle=":")
+    middle.axvline(best, color="0.6", linewidth=0.8, linestyle=":")
     figure.suptitle(title, fontsize=10)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# a number is learned where the network says it within this; Hochreiter and Schmidhuber, 1997
+NEAR = 0.04
+
 
 @dataclass(frozen=True)
 class Means:
     """A set's metrics, over its samples.
 
-    loss: cross-entropy. accuracy: share of right answers, 0..1. activity: each hidden layer's mean
+    loss: cross-entropy; of a number to learn the squared error. accuracy: share of right answers,
+    0..1; of a number of those within NEAR. activity: each hidden layer's mean
     output, spikes a neuron and step for spiking neurons.
     """
 
@@ -77,13 +81,19 @@ def loss_and_totals(
     """The loss of some samples, and what they add to the running totals.
 
     Args:
-        logits [B, classes]. labels [B] int64. activity [layers]: each layer's mean over them.
+        logits [B, classes]. labels [B] int64; or float32, a number to learn, with 1 logit.
+        activity [layers]: each layer's mean over them.
         weight: 1; or 0 for samples that only stand in.
     Returns:
         the cross-entropy's sum over samples; the addition [3 + layers], in blank_totals' order.
     """
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum") * weight
-    correct = (logits.argmax(1) == labels).sum() * weight
+    if labels.is_floating_point():
+        error = logits.float().squeeze(1) - labels
+        loss, correct = error.square().sum(), error.abs() <= NEAR
+    else:
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct = logits.argmax(1) == labels
+    loss, correct = loss * weight, correct.sum() * weight
     samples = weight * len(labels)
     totals = torch.stack([loss.detach(), correct, torch.full_like(correct, samples)])
     return loss, torch.cat([totals, activity * samples])

@@ -1,7 +1,7 @@
 """The command line of the training command, and what the parsers of all commands have in common.
 
-An option's value comes from, later ones winning: its default, the preset, the --config file, the
-flag.
+An option's value comes from, later ones winning: its default, what a long task by --dataset puts in
+its place, the preset, the --config file, the flag.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpn_triton.data.datasets import DATASETS
+from gpn_triton.data.datasets import DATASETS, MADE
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training.options import (
     NETWORK_OPTIONS,
@@ -21,7 +21,7 @@ from gpn_triton.training.options import (
     check_names,
     did_you_mean,
 )
-from gpn_triton.training.presets import PRESETS
+from gpn_triton.training.presets import PRESETS, TASKS
 from gpn_triton.training.run_folder import CONFIG, newest, read_options, read_seed_options
 
 if sys.version_info >= (3, 11):
@@ -98,9 +98,22 @@ def build_parser(everything: bool = False) -> Parser:
         group.add_argument(
             "--" + f.name.replace("_", "-"),
             help=text if everything or about["newcomer"] else argparse.SUPPRESS,
-            **{**_READ[f.type.split(" | ")[0]], **given},
+            **{**_READ[f.type.split(" | ")[0]], **_words(about), **given},
         )
     return parser
+
+
+def _words(about: dict[str, Any]) -> dict[str, Any]:
+    """How argparse reads a whole number that may be a word."""
+    if not (words := about.get("words")):
+        return {}
+
+    def read(text: str) -> int | str:
+        return text if text in words else int(text)
+
+    # argparse names a mistake by it
+    read.__name__ = " or ".join(("int", *words))
+    return {"type": read}
 
 
 class _Help(argparse.Action):
@@ -139,11 +152,20 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     if "init_from" in given:
         there = read_seed_options(given["init_from"], "init_from")
         preset |= {name: there[name] for name in NETWORK_OPTIONS}
-    cfg = TrainConfig(**{**preset, **given})
+    cfg = TrainConfig(**{**_task(preset | given), **preset, **given})
     if _own_file(cfg) and "channel_shift" not in given:
         cfg = dataclasses.replace(cfg, channel_shift=0)
     _refuse_ignored(cfg, given)
     return cfg
+
+
+def _task(given: dict[str, Any]) -> dict[str, Any]:
+    """What a long task puts in place of the options' defaults."""
+    values = TASKS.get(str(given.get("dataset")), {})
+    neuron = NEURONS.get(str(given.get("neuron", "gpn")))
+    if values.get("readout") == "membrane" and neuron and neuron.membrane is None:
+        values = {**values, "readout": "last"}
+    return values
 
 
 def _own_file(cfg: TrainConfig) -> bool:
@@ -160,14 +182,17 @@ def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
         ignored |= dict.fromkeys(("surrogate", "alpha", "checkpoint_every"), without)
         if cfg.backend == "triton":
             ignored["backend"] = without
-        ignored["time_constants"] = without
+        if cfg.neuron != "lstm":
+            ignored["time_constants"] = without
     if cfg.init == "paper":
         ignored["time_constants"] = "--init paper"
     if cfg.init_from is not None:
         ignored |= dict.fromkeys(("init", "time_constants"), "--init-from")
-    if data != "--dataset synthetic":
-        ignored |= dict.fromkeys(("samples", "classes"), data)
-    if _own_file(cfg) or cfg.dataset == "synthetic":
+    if cfg.made not in MADE:
+        ignored["samples"] = data
+    if cfg.made not in ("synthetic", "recall"):
+        ignored["classes"] = data
+    if _own_file(cfg) or cfg.made in (*MADE, "digits"):
         ignored["download"] = data
     for name in ignored:
         if given.get(name):

@@ -36,7 +36,7 @@ CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 WEIGHTS, CURVES = "best.safetensors", "curves.png"
 CHECKPOINTS, KEPT_CHECKPOINTS = "checkpoint-*.pt", 2
 SEED = "seed-"
-# of the files in SHD's layout that the training command reads
+# of the files in SHD's layout that the training command reads, and of runs that do not say
 NUM_CHANNELS = 700
 
 
@@ -253,12 +253,14 @@ class TrainedRun:
     """A run folder read back.
 
     config: as it was trained. model: with the best epoch's weights, float32, in evaluation mode, on
-    the CPU. class_names: as the training data named them, else the classes' numbers.
+    the CPU. class_names: as the training data named them, else the classes' numbers. num_channels:
+    of the training data, before they were binned.
     """
 
     config: TrainConfig
     model: SpikingClassifier
     class_names: tuple[str, ...]
+    num_channels: int
 
     def at(self, time_bins: int, max_time: float) -> tuple[TrainedRun, str]:
         """The same network on other bins, see neurons.time_steps; and what was done, in words.
@@ -275,7 +277,7 @@ class TrainedRun:
             return dataclasses.replace(self, config=config), "on bins as long as in training"
         model = copy.deepcopy(self.model)
         change_time_step(model, now / before)
-        return TrainedRun(config, model, self.class_names), (
+        return dataclasses.replace(self, config=config, model=model), (
             f"trained on bins of {1e3 * before:.4g} ms, converted to bins of {1e3 * now:.4g} ms: "
             f"decays to the power of {now / before:.4g}, gains to match"
         )
@@ -307,24 +309,33 @@ def load_run(run: str | Path) -> TrainedRun:
         raise ValueError(f"weights: {weights} cannot be read: {error}") from None
     # what is computed is the same with every backend
     cfg = TrainConfig(**{**values, "backend": "auto"})
-    model = build_model(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
+    channels = _header(run).get("num_channels", NUM_CHANNELS)
+    model = build_model(cfg, build_binning(cfg).columns(channels), classes)
     load_weights(weights, model)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"weights: {weights}: {name} holds values that are not finite")
-    return TrainedRun(cfg, model.eval(), class_names(run, classes))
+    return TrainedRun(cfg, model.eval(), class_names(run, classes), channels)
+
+
+def _header(run: str | Path) -> dict[str, Any]:
+    """The first line of metrics.jsonl; empty where there is no such file."""
+    path = Path(run, METRICS)
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = json.loads(file.readline())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"run: {path}: no header in its first line: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"run: {path}: no header in its first line: expected an object")
+    return header
 
 
 def class_names(run: str | Path, classes: int) -> tuple[str, ...]:
     """The names in the first line of metrics.jsonl; numbers where it holds none."""
-    path = Path(run, METRICS)
-    try:
-        with path.open(encoding="utf-8") as file:
-            names = json.loads(file.readline())["class_names"]
-    except (FileNotFoundError, KeyError):
-        return tuple(map(str, range(classes)))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"run: {path}: no header in its first line: {error}") from None
+    names = _header(run).get("class_names", list(range(classes)))
     if not isinstance(names, list) or len(names) != classes:
-        raise ValueError(f"run: {path}: class_names: expected {classes} names")
+        raise ValueError(f"run: {Path(run, METRICS)}: class_names: expected {classes} names")
     return tuple(map(str, names))
