@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}")
     parser.add_argument("--data-dir", help="the folder of MNIST's files")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="trains nothing, and draws")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if unknown := set(options.cells) - CELLS.keys():
         parser.error(f"unknown cells: {', '.join(sorted(unknown))}")
     if options.draw:
