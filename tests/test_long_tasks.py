@@ -46,8 +46,8 @@ def test_adding_marks_one_number_in_each_half_and_learns_their_sum():
     assert torch.equal(marks[:5].sum(0), torch.ones(500))
     assert torch.equal(marks[5:].sum(0), torch.ones(500))
     torch.testing.assert_close((numbers * marks).sum(0), torch.from_numpy(store.labels))
-    # chance is a mean squared error of 1 / 6
-    assert abs(np.square(store.labels - 1).mean() - 1 / 6) < 0.02
+    # chance is a mean squared error of 1 / 6, known to 0.009 from so many samples
+    assert abs(np.square(store.labels - 1).mean() - 1 / 6) < 0.03
     assert not np.array_equal(adding(500, 11, seed=2).inputs, store.inputs)
 
 
@@ -132,7 +132,7 @@ def test_digits_are_scikit_learns(mnist):
     pytest.importorskip("sklearn")
     splits = load_splits(DataSource("digits", time_bins=64))
     assert len(splits.train) + len(splits.valid) + len(splits.test) == 1797
-    assert batch(splits.train, 64, [0]).max() == 1
+    assert batch(splits.train, 64, range(50)).max() == 1
 
 
 def test_real_valued_inputs_lie_whole_on_the_device_or_are_refused():

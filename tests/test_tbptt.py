@@ -21,8 +21,11 @@ STREAMING = [name for name, row in NEURONS.items() if not row.needs_time_bins]
 FULL = dict(time_bins=7, batch_size=44)
 
 
-@pytest.mark.parametrize("augmentation", [None, EVERYTHING], ids=["plain", "augmented"])
-@pytest.mark.parametrize("options", [{}, {"overflow": "clip"}, {"style": "authors"}], ids=str)
+@pytest.mark.parametrize(("options", "augmentation"), [
+    ({}, None),
+    ({"overflow": "clip"}, EVERYTHING),
+    ({"style": "authors"}, None),
+])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "triton", "cells"])
 def test_the_bins_of_a_piece_are_those_of_the_whole(backend, options, augmentation):
     if backend == "triton":
@@ -83,6 +86,7 @@ def test_pieces_as_long_as_the_sequence_give_its_gradients(K):
     for net in nets:
         feed = resident(store())
         net.start_epoch(feed, 3, 0)
+        torch.manual_seed(1)
         found.append(gradients(net, feed, 44))
     assert all(map(torch.equal, *found))
 
