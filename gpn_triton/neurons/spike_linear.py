@@ -103,7 +103,8 @@ class SpikeLinear(nn.Linear):
         if self.gain is None:
             return self.weight, self.bias
         weight = self.weight * (self.gain * self.scale)[:, None]
-        return weight, self.bias - weight @ self.centre
+        # a product would round to autocast's dtype
+        return weight, self.bias - (weight * self.centre).sum(1)
 
     @torch.no_grad()
     def fold(self) -> None:
