@@ -71,7 +71,7 @@ def test_normalised_currents_have_mean_0_and_variance_1_and_fold_into_the_weight
     places = torch.arange(x[:, :2].numel()).repeat_interleave(x[:, :2].flatten().long())
     # in parts, one of which are events
     parts = [Cells.from_cells(places, x[:, :2].shape), x[:, 2:]]
-    model.float().normalise(lambda: [parts[0], parts[1].float()])
+    model.float().normalise(lambda: [[parts[0]], [parts[1].float()]])
     model.double()
     for linear, layer in zip(model.inputs, model.neurons, strict=True):
         current = linear(x).flatten(0, 1)
@@ -91,24 +91,25 @@ def test_normalised_currents_have_mean_0_and_variance_1_and_fold_into_the_weight
 
 def test_inputs_that_do_not_vary_keep_their_scale_and_all_parameters_learn():
     model = quiet()
-    model.normalise(lambda: [torch.zeros(5, 2, 9).double()])
+    model.normalise(lambda: [[torch.zeros(5, 2, 9).double()]])
     assert all(torch.equal(linear.scale, torch.ones_like(linear.scale)) for linear in model.inputs)
-    model.normalise(lambda: [counts()])
+    model.normalise(lambda: [[counts()]])
     (model(counts())[0] * torch.arange(4)).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert all(linear.gain.grad.any() for linear in model.inputs)
 
 
-def test_an_engine_normalises_by_its_first_batch_whatever_its_parts():
+def test_an_engine_normalises_by_its_first_batch_whatever_its_parts_and_pieces():
     store = make_store(44, 2, None, 100, least=0, most=39, end=1.0, empty=False, band=(50, 40))
     found = []
-    for options in ({}, {"accumulate": 3}, {"amp": "bf16"}):
+    for options in ({}, {"accumulate": 3}, {"tbptt": 3}, {"amp": "bf16"}):
         engine = small_engine(**options)
         engine.normalise(resident(store), 3)
-        found.append(engine.model.inputs[0].scale)
+        found.append(torch.cat([linear.scale for linear in engine.model.inputs]))
         assert (found[-1] != 1).all()
     torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[2], found[0], rtol=0.02, atol=0)
+    torch.testing.assert_close(found[2], found[0])
+    torch.testing.assert_close(found[3], found[0], rtol=0.02, atol=0)
     paper = small_engine(init="paper")
     before = copy.deepcopy(paper.model.state_dict())
     paper.normalise(resident(store), 3)
@@ -136,7 +137,7 @@ def test_options_say_how_a_network_starts(options, constants, norm):
 @torch.no_grad()
 def test_a_membrane_at_another_time_step_is_where_it_was_at_the_same_time(neuron, ratio):
     model = quiet(neuron, (16,), (10.0, 80.0)).eval()
-    model.normalise(lambda: [counts()])
+    model.normalise(lambda: [[counts()]])
     (gates,) = (layer.gates() for layer in model.neurons)
     for gate in gates.values():
         # what is exact is a gate at its bias
@@ -160,7 +161,7 @@ def test_a_membrane_at_another_time_step_is_where_it_was_at_the_same_time(neuron
 @torch.no_grad()
 def test_there_and_back_is_the_same_network():
     for model in (quiet(), quiet("gpn-no-b", time_constants=None), quiet("gpn-no-t")):
-        model.normalise(lambda: [counts()])
+        model.normalise(lambda: [[counts()]])
         back = copy.deepcopy(model)
         change_time_step(back, 0.25)
         assert not torch.equal(back.neurons[0].bias, model.neurons[0].bias)

@@ -212,14 +212,15 @@ class SpikingClassifier(nn.Module):
         self.output = nn.Linear(hidden[-1] * width, classes)
 
     @torch.no_grad()
-    def normalise(self, batches: Callable[[], Iterable[Tensor | Cells]]) -> None:
+    def normalise(self, batches: Callable[[], Iterable[Iterable[Tensor | Cells]]]) -> None:
         """Give the neurons of a network that starts quietly currents of mean 0 and variance 1.
 
         The statistics are set, layer after layer, so that this holds over all bins and samples of
         some inputs in evaluation; weights, gains and biases learn freely from there.
 
         Args:
-            batches: gives the same inputs each time it is called, each as forward takes them.
+            batches: gives the same inputs each time it is called: of each batch its pieces in the
+                order of time, one or more, each as forward takes them.
         Source: in the manner of Mishkin and Matas, arXiv 1511.06422.
         """
         training = self.training
@@ -228,14 +229,18 @@ class SpikingClassifier(nn.Module):
             if getattr(linear, "gain", None) is None:
                 continue
             count, inputs, currents, squares = 0, 0, 0, 0
-            for x in batches():
-                for before, neuron in zip(self.inputs[:k], self.neurons[:k], strict=True):
-                    x = neuron(before(x))[0]
-                current = linear(x).flatten(0, 1).double()
-                count += len(current)
-                inputs += x.sums() if isinstance(x, Cells) else x.sum((0, 1), dtype=torch.float64)
-                currents += current.sum(0)
-                squares += current.square().sum(0)
+            for pieces in batches():
+                states = [None] * k
+                for x in pieces:
+                    for j in range(k):
+                        x, states[j] = self.neurons[j](self.inputs[j](x), states[j])
+                    current = linear(x).flatten(0, 1).double()
+                    count += len(current)
+                    inputs += (
+                        x.sums() if isinstance(x, Cells) else x.sum((0, 1), dtype=torch.float64)
+                    )
+                    currents += current.sum(0)
+                    squares += current.square().sum(0)
             linear.set_statistics(inputs / count, squares / count - (currents / count).square())
         self.train(training)
 

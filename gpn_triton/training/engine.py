@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -170,10 +171,17 @@ class Engine:
             self.start_epoch(feed, seed, 0)
             feed.ahead(size)
             for part in feed.batch(size).chunk(self.cfg.accumulate * self.world.size):
-                yield self._input(feed.events, part, self.augmentation)
+                yield self._in_pieces(feed.events, part)
 
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             self.model.normalise(batch)
+
+    def _in_pieces(
+        self, events: DeviceEvents | DeviceDense, indices: Tensor
+    ) -> Iterator[Tensor | Cells]:
+        """Some training samples piece by piece, augmented."""
+        for steps in self.pieces if len(self.pieces) > 1 else [None]:
+            yield self._input(events, indices, self.augmentation, steps)
 
     def start_epoch(self, feed: Feed, seed: int, epoch: int, step: int = 0) -> None:
         """Make ready for an epoch's training steps, each on the next samples of a random order.
