@@ -82,12 +82,11 @@ class PieceCall(Call):
 
     def __call__(self) -> None:
         self.clear()
-        state, kept = None, []
-        for piece, cotangent in zip(
-            self.leaves["x"].detach().split(self.steps), self.cotangent.split(self.steps),
-            strict=True,
-        ):  # fmt: skip
-            piece.requires_grad_()
+        state, kept, x = None, [], self.leaves["x"].detach()
+        for start in range(0, len(x), self.steps):
+            part = slice(start, start + self.steps)
+            # what is left of a piece, its gradient too, goes with it
+            piece, cotangent = x[part].requires_grad_(), self.cotangent[part]
             out, state = self.layer(piece, state)
             out.backward(cotangent)
             state = state.detach()
