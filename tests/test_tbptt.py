@@ -26,7 +26,7 @@ FULL = dict(time_bins=7, batch_size=44)
     ({"overflow": "clip"}, EVERYTHING),
     ({"style": "authors"}, None),
 ])  # fmt: skip
-@pytest.mark.parametrize("backend", ["torch", "triton", "cells"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton", "cells"])
 def test_the_bins_of_a_piece_are_those_of_the_whole(backend, options, augmentation):
     if backend == "triton":
         pytest.importorskip("triton")
