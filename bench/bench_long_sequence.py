@@ -1,10 +1,10 @@
-"""Time and memory against the number of steps, to 10,000 on a GPU, saved whole and checkpointed."""
+"""Time and memory against the number of steps, to 10,000: saved whole, checkpointed, in pieces."""
 
 from bench import subjects
 
 KIND = "long_sequence"
 SUBJECTS = (
-    "gpn-cpu", "gpn-cpu-every-16", "gpn-triton", "gpn-triton-every-16",
+    "gpn-cpu", "gpn-cpu-every-100", "gpn-cpu-tbptt-100", "gpn-triton", "gpn-triton-every-16",
     "gpn-triton-every-64", "loop", "lstm",
 )  # fmt: skip
 

@@ -63,6 +63,40 @@ class Call:
         return {name: t.grad for name, t in self.leaves.items() if t.grad is not None}
 
 
+class PieceCall(Call):
+    """A call that takes the steps in pieces (--tbptt): of each, forward and backward, then the next
+    from its detached state. Only one piece is alive at a time.
+
+    Args:
+        layer: takes a piece of x and the state before it, None at first; returns the piece's result
+            and the state after it. steps: of a piece. keeps: whether the whole result and the whole
+            gradient of x are put together, as a check wants them. The rest as Call.
+    """
+
+    def __init__(
+        self, layer: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]], steps: int,
+        leaves: dict[str, Tensor], cotangent: Tensor, keeps: bool = False,
+    ):  # fmt: skip
+        super().__init__(lambda: None, leaves, cotangent)
+        self.layer, self.steps, self.keeps = layer, steps, keeps
+
+    def __call__(self) -> None:
+        self.clear()
+        state, kept, x = None, [], self.leaves["x"].detach()
+        for start in range(0, len(x), self.steps):
+            part = slice(start, start + self.steps)
+            # what is left of a piece, its gradient too, goes with it
+            piece, cotangent = x[part].requires_grad_(), self.cotangent[part]
+            out, state = self.layer(piece, state)
+            out.backward(cotangent)
+            state = state.detach()
+            if self.keeps:
+                kept.append((out.detach(), piece.grad))
+        if self.keeps:
+            outs, gradients = zip(*kept, strict=True)
+            self.out, self.leaves["x"].grad = torch.cat(outs), torch.cat(gradients)
+
+
 class GraphedCall:
     """A call captured once as a CUDA graph; calling replays it.
 

@@ -45,6 +45,7 @@ class Layer:
     every: int = 1
     mean: bool = False
     surrogate: str = "atan"
+    lengths: bool = False
 
     def compile(self) -> tuple[tiles.Plan, list[Report]]:
         """The plan and a report for each kernel."""
@@ -72,7 +73,7 @@ def all_layers() -> list[Layer]:
     each = itertools.product
     layers = [Layer(N, *kind, sm) for sm, kind, N in each(CAPABILITIES, NUMBERS, SIZES)]
     options = [{"variant": v} for v in GATES if v != "full"]
-    options += [{"mean": True}, {"every": 10}, {"mean": True, "every": 10}]
+    options += [{"mean": True}, {"every": 10}, {"mean": True, "every": 10}, {"lengths": True}]
     for sm, kind in each(CAPABILITIES, [n for n in NUMBERS if n[0] != "bfloat16"]):
         # the batch changes the tiles of the stepwise strategy
         seen = {Layer(256, *kind, sm).plan()}

@@ -28,13 +28,15 @@ from bench.competitors import (
     spikingjelly_lif,
 )  # fmt: skip
 from bench.kernel_call import STRATEGIES, KernelCall
-from bench.measure import Call, GraphedCall
+from bench.measure import Call, GraphedCall, PieceCall
 from gpn_triton import gpn
 from gpn_triton.neurons import cost, reference
 from gpn_triton.neurons.lif import lif
 from gpn_triton.neurons.networks import NEURONS
 
 ROWS = 8
+# a loop in Python takes seconds and gigabytes beyond so many steps
+LOOP_STEPS = 3000
 # dtype -> (margin of h - theta within which a spike may differ, largest error of a gradient as a
 # share of its largest value). float32: rounding of sums of up to 1,024 products over T steps. half:
 # a gate has 3 (bfloat16) or 4 digits, and competitors keep gates and gradients in that dtype
@@ -158,9 +160,13 @@ def prepare(problem: Problem, subject: str, backward: bool) -> Entry:
     element = call.dtype.itemsize
     count = cost.layer(NEURONS[kind].work, case.N, inputs, backward, not projects, element)
     runs = GraphedCall(call, problem.device) if graphed else call
-    check = functools.partial(_check, problem, runs, kind, module)
+    checked = runs
+    if isinstance(call, PieceCall):
+        checked = copy.copy(call)
+        checked.keeps = True
+    check = functools.partial(_check, problem, checked, kind, module)
     # torch saves nothing where a graph or a launch stands instead of autograd
-    plain = backward and not graphed and not launches
+    plain = backward and not graphed and not launches and not isinstance(call, PieceCall)
     return Entry(runs, check, count * (case.T * case.B), call if plain else None)
 
 
@@ -198,6 +204,15 @@ def _spiking(problem: Problem, subject: str, backward: bool) -> tuple[str, Call,
             raise Unavailable("the Triton kernels need a GPU")
         if backend == "cpu" and device.type != "cpu":
             raise Unavailable("the CPU's kernels need CPU tensors")
+        if every and every[0] == "tbptt":
+            if not backward or problem.projects:
+                raise Unavailable("pieces are for backward, without an input Linear")
+
+            def piece(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+                weights = (leaves[name] for name in GATE_WEIGHTS)
+                return gpn(x, *weights, v_reset, v, backend=backend)
+
+            return "gpn", PieceCall(piece, int(every[1]), leaves, problem.cotangent), None
         options = {"backend": backend, "checkpoint_every": int(every[1]) if every else None}
         return layer(lambda *inputs: gpn(*inputs, v_reset, **options)[0])
     if subject == "lif":
@@ -205,6 +220,8 @@ def _spiking(problem: Problem, subject: str, backward: bool) -> tuple[str, Call,
     if subject == "spikingjelly-lif":
         node = spikingjelly_lif(device)
         return layer(lambda x: (node.reset(), node(x))[1])
+    if case.T > LOOP_STEPS and device.type == "cpu":
+        raise Unavailable(f"a loop is compared up to T = {LOOP_STEPS}")
     if subject == "loop":
         return layer(lambda *inputs: reference.gpn_loop(*inputs, v_reset, v_reset)[0])
     if subject == "authors":
@@ -257,7 +274,8 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
     leaves, got = double_leaves(inner.leaves, rows), out[:, rows].cpu().double()
     v_reset = problem.v_reset[rows].cpu().double()
     current = problem.current(leaves) if kind in SPIKING else leaves["x"]
-    expected = expect(kind, current, leaves, got, tolerance, v_reset, module)
+    piece = inner.steps if isinstance(inner, PieceCall) else None
+    expected = expect(kind, current, leaves, got, tolerance, v_reset, module, piece)
     if gradients and expected.requires_grad:
         expected.backward(problem.cotangent[:, rows].cpu().double())
         compare_gradients(gradients, leaves, rows, tolerance[1])
@@ -268,6 +286,7 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
 def expect(
     kind: str, current: Tensor, leaves: dict[str, Tensor], got: Tensor,
     tolerance: tuple[float, float], v_reset: Tensor, module: nn.Module | None,
+    piece: int | None = None,
 ) -> Tensor:  # fmt: skip
     """What a layer should put out, after comparing it with what it did; all in float64.
 
@@ -275,7 +294,7 @@ def expect(
         kind: gpn, lif, lstm or gru. current [T, R, N]: of a spiking layer, made from the leaves.
         leaves: x [T, R, C] and weights. got [T, R, N]: the layer's output.
         tolerance: of TOLERANCE. v_reset [R, N]. module: of an LSTM or GRU, whose float64 twin
-            specifies it.
+            specifies it. piece: steps of a GPN that no gradient leaves; None: all.
     Returns:
         [T, R, N], differentiable unless a flipped spike makes gradients incomparable.
     Raises:
@@ -290,7 +309,12 @@ def expect(
         # under the resets of its own spikes trajectories do not part, so spikes must agree at
         # every step where |h - theta| exceeds the margin; the smooth step has the surrogate's slope
         weights = weight_x, weight_v, leaves["bias"]
-        smooth, _ = reference.gpn_loop(current, *weights, v_reset, v_reset, reset_mask=got)
+        v, smooth = v_reset, []
+        steps = piece or len(got)
+        for x, s in zip(current.split(steps), got.split(steps), strict=True):
+            part, v = reference.gpn_loop(x, *weights, v_reset, v.detach(), reset_mask=s)
+            smooth.append(part)
+        smooth = torch.cat(smooth)
         # the inverse of surrogate.SURROGATES["atan"].value at alpha = 2
         u = torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi
         differs = ((u >= 0).double() != got) & (u.abs() > margin)

@@ -34,7 +34,7 @@ from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
 from gpn_triton.training import run_folder
 from gpn_triton.training.build import build_binning, network_arguments
 from gpn_triton.training.parser import Parser
-from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
+from gpn_triton.training.run_folder import TrainedRun, load_run
 
 # raised when what the files hold changes
 FORMAT = 1
@@ -49,15 +49,17 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
         max_time (seconds), overflow and style, as data.binning.BinningConfig.
     """
     cfg, classes = trained.config, len(trained.class_names)
-    network = network_arguments(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
+    network = network_arguments(cfg, build_binning(cfg).columns(trained.num_channels), classes)
     binning = cfg.settings(BinningConfig)
     # what changes neither the network nor what it computes, and what the network has already
-    del network["backend"], network["checkpoint_every"], binning["time_bins"]
+    for name in ("backend", "checkpoint_every", "time_constants"):
+        del network[name]
+    del binning["time_bins"]
     return {
         "format": FORMAT,
         "network": network,
         "class_names": trained.class_names,
-        "binning": {"num_channels": NUM_CHANNELS, **binning},
+        "binning": {"num_channels": trained.num_channels, **binning},
     }
 
 
@@ -97,6 +99,8 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
         FileNotFoundError, ValueError: as load_run. OSError: the folder cannot be written.
     """
     trained, out = load_run(run), Path(out)
+    # other programs know Linear alone
+    trained.model.fold()
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "model.safetensors", out / "model.json"]
     run_folder.save_weights(written[0], trained.model)

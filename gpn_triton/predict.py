@@ -3,6 +3,7 @@
 python -m gpn_triton.predict runs/20250131-120000-shd-gpn my_recordings.h5
 python -m gpn_triton.predict RUN FILE.h5 --stream --out -
 python -m gpn_triton.predict RUN FILE.wav --stream
+python -m gpn_triton.predict RUN FILE.h5 --time-bins 250
 """
 
 import copy
@@ -18,14 +19,14 @@ from torch import Tensor
 from gpn_triton.audio import recordings
 from gpn_triton.audio.encoding import Encoding, encode_for_prediction, encoding_of
 from gpn_triton.data.binning import bin_batch
-from gpn_triton.data.datasets import class_difference
+from gpn_triton.data.datasets import DENSE, class_difference
 from gpn_triton.data.events import DeviceEvents, EventStore
 from gpn_triton.data.sources.hdf5 import read_events
 from gpn_triton.machine import files, interrupt
 from gpn_triton.machine.device import choose_device
 from gpn_triton.training.build import build_binning
 from gpn_triton.training.parser import Parser
-from gpn_triton.training.run_folder import NUM_CHANNELS, TrainedRun, load_run
+from gpn_triton.training.run_folder import TrainedRun, load_run
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def predict(
     differ in the last of 53 bits, and rounding the logits to 24 removes that.
 
     Args:
-        trained: the run. store: samples with 700 channels; their labels do not count.
+        trained: the run. store: samples of the run's channels; their labels do not count.
         device: where to compute. batch_size: samples at once, which bounds the memory.
         stream: feed the network bin by bin with its state carried. follow: is then called with the
             batch's first sample, the bin's number and the logits [B, classes] so far.
@@ -168,6 +169,9 @@ def build_parser() -> Parser:
     parser.add_argument("--out", default="predictions.csv", metavar="FILE.csv",
         help="Names the file to write, or - for the standard output; a file that is there is "
         "replaced (default: %(default)s).")
+    parser.add_argument("--time-bins", type=int, metavar="T",
+        help="Computes on T bins of the run's window instead of as many as in training: a GPN "
+        "network's decays and gains are converted to the new time step.")
     parser.add_argument("--stream", action="store_true",
         help="Feeds the network bin by bin and carries its state from one to the next; of a "
         "recording it says at once when another class becomes the likeliest.")
@@ -188,6 +192,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.out != "-":
             files.check_writable(args.out)
         device, trained = choose_device(args.device), load_run(args.run)
+        if trained.config.made in DENSE:
+            raise ValueError(
+                f"run: {args.run} learned {trained.config.made}, whose inputs are no events"
+            )
+        if args.time_bins is not None:
+            trained, did = trained.at(args.time_bins, trained.config.max_time)
+            print(f"{args.run}: {did}", file=sys.stderr)
         source, out = Path(args.file), sys.stdout if args.out != "-" else sys.stderr
         paths, follow, batch_size = None, None, args.batch_size
         if source.is_dir() or source.suffix.lower() in recordings.SUFFIXES:
@@ -196,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
                 # one recording after the other, as they sound
                 follow, batch_size = Follower(trained, paths, out), 1
         else:
-            store = read_events(source, num_channels=NUM_CHANNELS, use_cache=False)
+            store = read_events(source, num_channels=trained.num_channels, use_cache=False)
         logits = predict(trained, store, device, batch_size, args.stream, follow)
         text = predictions_csv(trained.class_names, logits, paths)
         if args.out == "-":

@@ -16,7 +16,8 @@ many events there are. Each event is one atomic addition of 1: work goes with th
 for a hundred cells at T = 1000; needs no order of times, which jitter and noise do not have; and a
 sum of ones does not depend on its order. The alternative, a program per tile of time bins that
 searches its events in the sorted times and writes each cell once, would hash every noise event once
-per tile and run through four dependent loads for a dozen events each.
+per tile and run through four dependent loads for a dozen events each. A sequence that is taken in
+pieces is counted anew for each, all its events being read, and only the piece's bins are kept.
 
 Layout: times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, numbers [S]
 int64 (the samples' numbers in the whole set, where these are a part of it), indices [B] int64, key
@@ -107,10 +108,10 @@ def count_edges_below(t, edges_ptr, T, step):
 
 @triton.jit
 def add_events(
-    t, unit, keep, slot, edges_ptr, counts_ptr, T, T_power, B, channels, end, rate,
+    t, unit, keep, slot, edges_ptr, counts_ptr, T, T_power, first, steps, B, channels, end, rate,
     CHANNEL_BIN: tl.constexpr, AUTHORS: tl.constexpr, CLIP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Count the events of one slot that stay and lie in the window."""
+    """Count the events of one slot that stay and lie in the window, in its bins first.. alone."""
     if AUTHORS:
         bin = count_edges_below(t, edges_ptr, T, T_power)
         keep &= (bin < T) & (unit > 0)
@@ -120,6 +121,8 @@ def add_events(
             keep &= (t >= 0) & (t < end)
         bin = tl.minimum(tl.maximum(t * rate, 0.0), (T - 1).to(tl.float32)).to(tl.int32)
         channel = unit // CHANNEL_BIN
+    bin -= first
+    keep &= (bin >= 0) & (bin < steps)
     cell = (bin.to(tl.int64) * B + slot) * tl.cdiv(channels, CHANNEL_BIN) + channel
     if PACKED:
         one = tl.where((cell & 1) == 0, 1, 1 << 16)
@@ -129,10 +132,10 @@ def add_events(
         tl.atomic_add(counts_ptr + cell, one, mask=keep, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["T", "T_power", "B", "channels"])
+@triton.jit(do_not_specialize=["T", "T_power", "first_bin", "steps", "B", "channels"])
 def binning_count_kernel(
     times_ptr, units_ptr, offsets_ptr, numbers_ptr, indices_ptr, key_ptr, edges_ptr, counts_ptr,
-    T, T_power, B, channels, end, rate,
+    T, T_power, first_bin, steps, B, channels, end, rate,
     CHANNEL_BIN: tl.constexpr, AUTHORS: tl.constexpr, CLIP: tl.constexpr, PACKED: tl.constexpr,
     SHIFT_BY: tl.constexpr, STRETCH_BY: tl.constexpr, JITTER_BY: tl.constexpr,
     DROP_BELOW: tl.constexpr, NOISE_SHARE: tl.constexpr,
@@ -140,7 +143,8 @@ def binning_count_kernel(
 ):  # fmt: skip
     """One program per (slot, share of its events); each augmentation is off at 0.
 
-    T_power: the largest power of two in T. end: of the window, seconds. rate: bins a second.
+    T_power: the largest power of two in T. first_bin, steps: the bins that are counted. end: of the
+    window, seconds. rate: bins a second.
     SHIFT_BY: channels. STRETCH_BY: share. JITTER_BY: seconds a step of near_normal. DROP_BELOW: in
     2^-32. NOISE_SHARE: in 2^-16. What is off leaves no instruction.
     """
@@ -181,8 +185,8 @@ def binning_count_kernel(
         if DROP_BELOW > 0:
             keep &= draw(key, DROP, sample, number.to(tl.uint32)).to(tl.int64) >= DROP_BELOW
         add_events(
-            t, unit, keep, slot, edges_ptr, counts_ptr, T, T_power, B, channels, end, rate,
-            CHANNEL_BIN, AUTHORS, CLIP, PACKED,
+            t, unit, keep, slot, edges_ptr, counts_ptr, T, T_power, first_bin, steps, B, channels,
+            end, rate, CHANNEL_BIN, AUTHORS, CLIP, PACKED,
         )  # fmt: skip
 
     if NOISE_SHARE > 0:
@@ -195,8 +199,8 @@ def binning_count_kernel(
             t = uniform(draw(key, NOISE_TIME, sample, number)) * last
             unit = below(draw(key, NOISE_UNIT, sample, number), channels)
             add_events(
-                t, unit, begin + lane < added, slot, edges_ptr, counts_ptr, T, T_power, B,
-                channels, end, rate, CHANNEL_BIN, AUTHORS, CLIP, PACKED,
+                t, unit, begin + lane < added, slot, edges_ptr, counts_ptr, T, T_power, first_bin,
+                steps, B, channels, end, rate, CHANNEL_BIN, AUTHORS, CLIP, PACKED,
             )  # fmt: skip
 
 
@@ -220,6 +224,8 @@ def binning_count(
     longest: int,
     config,
     augmentation,
+    first: int,
+    last: int,
 ) -> Tensor:
     """Count the events of some samples; launches only, so that a CUDA graph can hold it.
 
@@ -229,11 +235,12 @@ def binning_count(
             0..S - 1 (not checked). key [2] int64: None without augmentation.
         channels: C. longest: events of the longest sample.
         config: a BinningConfig. augmentation: an Augmentation, or None.
+        first, last: the time bins first..last - 1 are counted.
     Returns:
-        counts [T, B, columns] of config.dtype.
+        counts [last - first, B, columns] of config.dtype.
     """
     T, B = config.time_bins, len(indices)
-    shape = (T, B, config.columns(channels))
+    shape = (last - first, B, config.columns(channels))
     cells = math.prod(shape)
     shift_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0, 0
     if augmentation is not None:
@@ -259,7 +266,8 @@ def binning_count(
         edges = edges.half().float()
     binning_count_kernel[(B, SPLIT)](
         times, units, offsets, numbers, indices, key, edges, counts,
-        T, 1 << (T.bit_length() - 1), B, channels, float(config.max_time), T / config.max_time,
+        T, 1 << (T.bit_length() - 1), first, last - first, B, channels, float(config.max_time),
+        T / config.max_time,
         CHANNEL_BIN=config.channel_bin, AUTHORS=authors, CLIP=config.overflow == "clip",
         PACKED=packed, SHIFT_BY=shift_by, STRETCH_BY=stretch_by, JITTER_BY=jitter_by,
         DROP_BELOW=drop_below, NOISE_SHARE=noise_share, BLOCK=BLOCK, SPLIT=SPLIT,

@@ -61,8 +61,8 @@ def near_normal(bits):
 
 
 @exact_inner
-def place(t, unit, slot, edges, T, B, channels, channel_bin, end, rate, clip):
-    """The cell of an event as augmented; -1 if it lies outside the window."""
+def place(t, unit, slot, edges, T, first, steps, B, channels, channel_bin, end, rate, clip):
+    """The cell of an event as augmented; -1 if it lies outside the window or its bins first.."""
     columns = (channels + channel_bin - 1) // channel_bin
     if len(edges):
         # the authors' style: as many edges below t as bins before it
@@ -73,26 +73,30 @@ def place(t, unit, slot, edges, T, B, channels, channel_bin, end, rate, clip):
                 bin = middle + 1
             else:
                 last = middle
-        if bin >= T or unit == 0:
+        if bin >= T or unit == 0 or not (first <= bin < first + steps):
             return -1
-        return (bin * B + slot) * columns + channels - unit
+        return ((bin - first) * B + slot) * columns + channels - unit
     if not clip and not (0 <= t < end):
         return -1
     at = t * rate
     at = min(max(at, np.float32(0)), np.float32(T - 1))
-    return (np.int64(at) * B + slot) * columns + unit // channel_bin
+    bin = np.int64(at)
+    if not (first <= bin < first + steps):
+        return -1
+    return ((bin - first) * B + slot) * columns + unit // channel_bin
 
 
 @kernel(options=EXACT)
 def binning_kernel(
     counter, times, units, offsets, numbers, indices, room, edges, cell, counts, row_count,
-    key_0, key_1, T, B, channels, channel_bin, end, rate, clip,
+    key_0, key_1, T, first_bin, steps, B, channels, channel_bin, end, rate, clip,
     shift_by, stretch_by, jitter_by, drop_below, noise_share,
 ):  # fmt: skip
     """Place the events of the samples this thread takes.
 
-    counts [T B columns] float32 are added to; where they are empty, cell and row_count [T B] are
-    written instead, a sample's from room[slot] on, in order, with -1 behind the last.
+    Of the T bins of the window the `steps` from first_bin on are placed. counts [steps B columns]
+    float32 are added to; where they are empty, cell and row_count [steps B] are written instead, a
+    sample's from room[slot] on, in order, with -1 behind the last.
     """
     columns = (channels + channel_bin - 1) // channel_bin
     listed = len(counts) == 0
@@ -131,7 +135,9 @@ def binning_kernel(
             else:
                 t = uniform(draw(key, NOISE_TIME, number, e - count)) * times[first + count - 1]
                 unit = (draw(key, NOISE_UNIT, number, e - count) * channels) >> 32
-            c = place(t, unit, slot, edges, T, B, channels, channel_bin, end, rate, clip)
+            c = place(
+                t, unit, slot, edges, T, first_bin, steps, B, channels, channel_bin, end, rate, clip
+            )
             if c < 0:
                 continue
             if listed:
@@ -161,7 +167,9 @@ def listing_kernel(counter, cell, room, place, channel, B, columns):
             place[r] += 1
 
 
-def _place(events, indices, config, augmentation, key, cell, counts, row_count, room) -> None:
+def _place(
+    events, indices, config, augmentation, key, steps, cell, counts, row_count, room
+) -> None:
     """Run binning_kernel."""
     shift_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0, 0
     key_0, key_1 = 0, 0
@@ -173,6 +181,7 @@ def _place(events, indices, config, augmentation, key, cell, counts, row_count, 
         noise_share = round(augmentation.noise * 65536)
         key_0, key_1 = key.tolist() if isinstance(key, Tensor) else key
     T, B = config.time_bins, len(indices)
+    first, last = steps or (0, T)
     edges = np.empty(0, np.float32)
     if config.style == "authors":
         edges = (np.arange(T) * (1 / T)).astype(np.float16).astype(np.float32)
@@ -180,32 +189,35 @@ def _place(events, indices, config, augmentation, key, cell, counts, row_count, 
     run(
         binning_kernel, torch.get_num_threads(), B, events.times.numpy(),
         events.units.numpy().view(np.uint16), events.offsets.numpy(), numbers,
-        indices.contiguous().numpy(), room, edges, cell, counts, row_count, key_0, key_1, T, B,
-        events.num_channels, config.channel_bin, np.float32(config.max_time),
+        indices.contiguous().numpy(), room, edges, cell, counts, row_count, key_0, key_1, T, first,
+        last - first, B, events.num_channels, config.channel_bin, np.float32(config.max_time),
         np.float32(T / config.max_time), config.overflow == "clip", shift_by,
         np.float32(stretch_by), np.float32(jitter_by), drop_below, noise_share,
     )  # fmt: skip
 
 
-def binning_count(events, indices: Tensor, config, augmentation, key) -> Tensor:
+def binning_count(events, indices: Tensor, config, augmentation, key, steps=None) -> Tensor:
     """Count the events of some samples.
 
     Args:
         events: a DeviceEvents on a CPU. indices [B] int64. config: a BinningConfig. augmentation:
-            an Augmentation, or None; key: its two numbers.
+            an Augmentation, or None; key: its two numbers. steps: first and last + 1 of the time
+            bins that are wanted; None: all.
     Returns:
-        counts [T, B, columns] float32.
+        counts [T, B, columns] float32, T being the number of bins wanted.
     """
-    counts = torch.zeros(config.shape(events, indices))
+    counts = torch.zeros(config.shape(events, indices, steps))
     none = np.empty(0, np.int32)
     room = np.zeros(len(indices) + 1, np.int64)
     _place(
-        events, indices, config, augmentation, key, none, counts.view(-1).numpy(), none, room
+        events, indices, config, augmentation, key, steps, none, counts.view(-1).numpy(), none, room
     )  # fmt: skip
     return counts
 
 
-def binning_list(events, indices: Tensor, config, augmentation, key) -> tuple[Tensor, Tensor]:
+def binning_list(
+    events, indices: Tensor, config, augmentation, key, steps=None
+) -> tuple[Tensor, Tensor]:
     """List the events of some samples by time bin and sample.
 
     Args:
@@ -214,7 +226,7 @@ def binning_list(events, indices: Tensor, config, augmentation, key) -> tuple[Te
         channel [E] int32: of each event; row_start [T B + 1] int64: where each bin and sample's
         events begin in it.
     """
-    T, B, columns = config.shape(events, indices)
+    T, B, columns = config.shape(events, indices, steps)
     offsets = events.offsets.numpy()
     samples = indices.numpy()
     most = offsets[samples + 1] - offsets[samples]
@@ -224,7 +236,7 @@ def binning_list(events, indices: Tensor, config, augmentation, key) -> tuple[Te
     cell = np.empty(room[-1], np.int32 if T * B * columns < 1 << 31 else np.int64)
     row_count = np.zeros(T * B, np.int64)
     none = np.empty(0, np.float32)
-    _place(events, indices, config, augmentation, key, cell, none, row_count, room)
+    _place(events, indices, config, augmentation, key, steps, cell, none, row_count, room)
     row_start = np.concatenate([[0], np.cumsum(row_count)])
     channel = np.empty(row_start[-1], np.int32)
     run(

@@ -9,6 +9,8 @@ g_s[t] = dL/ds[t] and sg = surrogate'(h - theta), for t from T - 1 down to 0:
     g_v[t] = g_h f + weight_v^T g_z                     <- the only serial product
     g_x[t] = g_h i + weight_x^T g_z
 
+and where a sequence has ended (t >= lengths[b]) g_u, g_z and g_x are 0 and g_v[t] is g_v[t+1].
+
     g_weight_v = sum g_z v^T    g_weight_x = sum g_z x^T    g_bias = sum g_z    g_v0 = g_v[0]
 
 g_z_theta does not depend on g_v, so its product with weight_v (rest) is taken for a chunk of time
@@ -53,12 +55,19 @@ from gpn_triton.kernels.operands import (
     to_operand,
 )
 from gpn_triton.kernels.pointwise import cell_gradient, has, next_v_gradient, place
-from gpn_triton.kernels.tiles import Plan, elementwise_blocks, gradient_dtype, is_half, padded
+from gpn_triton.kernels.tiles import (
+    Plan,
+    elementwise_blocks,
+    gradient_dtype,
+    is_half,
+    own_steps,
+    padded,
+)
 
 
 @triton.jit(do_not_specialize=["start", "steps", "B"])
 def recurrence_gradient_kernel(
-    z_ptr, x_ptr, v_ptr, g_s_ptr, g_u_ptr, g_z_ptr, v_copy_ptr,
+    z_ptr, x_ptr, v_ptr, g_s_ptr, lengths_ptr, g_u_ptr, g_z_ptr, v_copy_ptr,
     start, steps, B, alpha, scale,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, SURROGATE: tl.constexpr,
     MEAN: tl.constexpr, COPY: tl.constexpr, FAST: tl.constexpr,
@@ -90,6 +99,11 @@ def recurrence_gradient_kernel(
         g_s = tl.load(g_s_ptr + batch * N + n, mask=mask, other=0.0).to(tl.float32)
     else:
         g_s = tl.load(g_s_ptr + whole + offs, mask=mask, other=0.0).to(tl.float32)
+    if lengths_ptr is not None:
+        sample = (first + rows) % rows_per_step
+        length = tl.load(lengths_ptr + sample, mask=first + rows < steps * rows_per_step, other=0)
+        # a spike that cannot be has no gradient, whatever is in it
+        g_s = tl.where(start + (first + rows) // rows_per_step < length, g_s, 0.0)
     g_u, g_z_theta = cell_gradient(
         z_f, z_i, z_theta, v, x, g_s * tl.cast(scale, tl.float32), tl.cast(alpha, tl.float32),
         GATES, SURROGATE, FAST,
@@ -100,8 +114,8 @@ def recurrence_gradient_kernel(
 
 @triton.jit
 def _step(
-    g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
-    row, t, rows_per_step, first, offs, offs_z, mask,
+    g_v, z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+    row, t, B, rows_per_step, first, offs, offs_z, mask,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Read one step of a tile, store its g_z and g_h i; row is the step's place in the chunk.
@@ -122,9 +136,18 @@ def _step(
     g_direct, g_x, g_z_f, g_z_i, g_z_b = next_v_gradient(
         g_v, g_u, z_f, z_i, z_b, v, x, s, GATES, FAST
     )
-    tl.store(g_x_ptr + at + offs, g_x.to(g_x_ptr.dtype.element_ty), mask=mask)
     if has(GATES, "theta"):
         g_direct += tl.load(rest_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    if lengths_ptr is not None:
+        sample = first + tl.arange(0, g_v.shape[0])[:, None]
+        goes_on = t < tl.load(lengths_ptr + sample, mask=sample < B, other=0)
+        g_direct = tl.where(goes_on, g_direct, g_v)
+        g_x = tl.where(goes_on, g_x, 0.0)
+        g_z_f, g_z_i, g_z_b = (
+            tl.where(goes_on, g_z_f, 0.0), tl.where(goes_on, g_z_i, 0.0),
+            tl.where(goes_on, g_z_b, 0.0),
+        )  # fmt: skip
+    tl.store(g_x_ptr + at + offs, g_x.to(g_x_ptr.dtype.element_ty), mask=mask)
     g_z_at = g_z_ptr + (row * rows_per_step + first) * DEPTH
     store_gate(g_z_at, offs_z, g_z_f, mask, "f", GATES, N)
     store_gate(g_z_at, offs_z, g_z_i, mask, "i", GATES, N)
@@ -134,7 +157,7 @@ def _step(
 
 @triton.jit(do_not_specialize=["start", "steps", "B", "given"])
 def gpn_backward_persistent_kernel(
-    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr, g_v_in_ptr,
+    z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr, g_v_in_ptr,
     g_v_ptr, g_z_ptr, g_x_ptr,
     start, steps, B, given,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
@@ -161,8 +184,8 @@ def gpn_backward_persistent_kernel(
     for back in tl.range(0, steps, num_stages=STAGES):
         row = steps - 1 - back
         g_v, g_z_f, g_z_i, g_z_b = _step(
-            g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
-            row, start + row, rows_per_step, first, offs, offs_z, mask,
+            g_v, z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+            row, start + row, B, rows_per_step, first, offs, offs_z, mask,
             N, GATES, DEPTH, FAST,
         )  # fmt: skip
         # three sums side by side, not one chain three times as long
@@ -189,7 +212,7 @@ def _load_open(
 
 @triton.jit(do_not_specialize=["row", "start", "B", "given"])
 def gpn_backward_stepwise_kernel(
-    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr, g_v_in_ptr,
+    z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, weight_v_ptr, g_v_in_ptr,
     g_v_ptr, g_z_ptr, g_x_ptr,
     row, start, B, given,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
@@ -234,8 +257,8 @@ def gpn_backward_stepwise_kernel(
         g_v += g_f + g_i + g_b
     if CELL:
         g_v, _, _, _ = _step(
-            g_v, z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
-            row, start + row, rows_per_step, first, offs, offs_z, mask,
+            g_v, z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
+            row, start + row, B, rows_per_step, first, offs, offs_z, mask,
             N, GATES, DEPTH, FAST,
         )  # fmt: skip
     tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
@@ -264,6 +287,7 @@ def gpn_backward(
     every: int,
     mean: bool,
     plan: Plan,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Backpropagate with the kernels; arguments and results as recurrence_torch.gpn_backward.
 
@@ -277,7 +301,7 @@ def gpn_backward(
             *(resize(a, P) for a in (g_out, g_v_final, x)),
             *(resize_weights(w, N, P) for w in (weight_x, weight_v, bias)),
             *(resize(a, P) for a in (v_reset, bits, v_saved)),
-            gates, surrogate, alpha, every, mean, plan,
+            gates, surrogate, alpha, every, mean, plan, lengths,
         )  # fmt: skip
         g_weights = (resize_weights(g, P, N) for g in g_weights)
         return resize(g_x, N), *g_weights, resize(g_v, N)
@@ -298,6 +322,9 @@ def gpn_backward(
         g_out, g_per_step = torch.zeros_like(v_reset), True
     else:
         g_out, g_per_step = g_out.contiguous(), mean
+    scale = 1 / T if mean else 1.0
+    if mean and lengths is not None:
+        g_out, scale = g_out / own_steps(T, lengths), 1.0
     # None: zeros, which the kernels then do not read
     g_v = torch.empty_like(v_reset)
     g_v_in = g_v_final if g_v_final is None else g_v_final.to(torch.float32).contiguous()
@@ -319,7 +346,7 @@ def gpn_backward(
             v = v_saved[start:stop]
         else:
             v = recurrence_replay(
-                v_saved, x, bits, z, weight_v_z, v_reset, gates, start, stop, every, plan
+                v_saved, x, bits, z, weight_v_z, v_reset, lengths, gates, start, stop, every, plan
             )
         g_u = x.new_empty(steps, B, N, dtype=gradient)
         g_x_direct = g_x[start:stop] if in_place else torch.empty_like(g_u)
@@ -331,15 +358,15 @@ def gpn_backward(
             g_z = z.view(gradient)
         grid = (triton.cdiv(steps * B, blocks["BLOCK_R"]), triton.cdiv(N, blocks["BLOCK_N"]))
         recurrence_gradient_kernel[grid](
-            z, x, v, g_out, g_u, g_z, v_g,
-            start, steps, B, alpha, 1 / T if mean else 1.0,
+            z, x, v, g_out, lengths, g_u, g_z, v_g,
+            start, steps, B, alpha, scale,
             SURROGATE=surrogate, MEAN=g_per_step, COPY=v_g is not v, **blocks, **constants,
         )  # fmt: skip
         g_z_rows = g_z.view(steps * B, -1)
         if "theta" in gates:
             rest = g_z_rows[:, serial:] @ weight_v_g[serial:]
         run(
-            (z, x, bits, v, g_u, rest, weight_v_g), g_v_in, (g_v, g_z, g_x_direct),
+            (z, x, bits, lengths, v, g_u, rest, weight_v_g), g_v_in, (g_v, g_z, g_x_direct),
             start, steps, B, plan, constants,
         )  # fmt: skip
         g_v_in = g_v

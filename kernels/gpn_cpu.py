@@ -31,6 +31,9 @@ storage, cast a chunk at a time. z lives in a tile's scratch memory only. Backwa
 the saved v, or replays v with the saved spikes (never recomputed ones), and where every v is saved,
 takes b as what v[t+1] holds beyond the reset, which saves a quarter of that product.
 
+lengths [B] int64: from step lengths[b] on sample b keeps its v, does not spike and has no gradient
+but g_v's, which passes through.
+
 In float32, exp is a polynomial and tanh a rational function, within 3 ulp; in float64 both are
 libm's. NaN and infinity are never assumed away.
 
@@ -64,6 +67,7 @@ from gpn_triton.kernels.pointwise_cpu import (
     copy,
     count,
     distance,
+    fill,
     gate,
     input_gate,
     replay,
@@ -71,12 +75,12 @@ from gpn_triton.kernels.pointwise_cpu import (
     step,
     surrogate_derivative,
 )
-from gpn_triton.kernels.tiles import WORD, saturate
+from gpn_triton.kernels.tiles import WORD, own_steps, saturate
 
 
 @kernel(pointwise_cpu.__file__)
 def gpn_forward_kernel(
-    counter, x, weight_x, weight_v, bias, v_reset, v, v_saved, spikes, bits, counts,
+    counter, x, weight_x, weight_v, bias, v_reset, lengths, v, v_saved, spikes, bits, counts,
     start, steps, B, N, G, every, mean, tile, block, p_f, p_i, p_b, p_t,
 ):  # fmt: skip
     """Steps start..start + steps - 1 of x, for the tiles this thread takes; every 0 saves nothing.
@@ -92,7 +96,7 @@ def gpn_forward_kernel(
     own, s = np.zeros(room * N, x.dtype), np.empty(N, x.dtype)
     fixed, i_own = constants(N, x), np.empty(N, x.dtype)
     # as variables: a function is compiled again for a literal
-    zero, one, nothing = np.int64(0), np.int64(1), every < 0
+    zero, one, nothing, nought = np.int64(0), np.int64(1), every < 0, x.dtype.type(0)
     while True:
         first = take(counter) * tile
         if first >= B:
@@ -121,18 +125,21 @@ def gpn_forward_kernel(
                     )  # fmt: skip
                 for r in range(rows):
                     z_r = row(z_k, r * depth)
-                    activate(z_r, N, width, G, p_b, nothing)
-                    f = gate(z_r, p_f * width, p_f, fixed, zero)
-                    i = gate(z_r, p_i * width, p_i, i_own, zero)
-                    if p_i < 0:
-                        input_gate(f, i, N)
                     at, b_at = chunk_at + (k * B + r) * N, (first + r) * N
                     s_r = s if mean else row(spikes, at)
-                    step(
-                        f, i, gate(z_r, p_b * width, p_b, fixed, 2 * N),
-                        gate(z_r, p_t * width, p_t, fixed, 3 * N),
-                        row(x, at), row(v_reset, b_at), N, row(own, r * N), s_r,
-                    )  # fmt: skip
+                    if t < lengths[first + r]:
+                        activate(z_r, N, width, G, p_b, nothing)
+                        f = gate(z_r, p_f * width, p_f, fixed, zero)
+                        i = gate(z_r, p_i * width, p_i, i_own, zero)
+                        if p_i < 0:
+                            input_gate(f, i, N)
+                        step(
+                            f, i, gate(z_r, p_b * width, p_b, fixed, 2 * N),
+                            gate(z_r, p_t * width, p_t, fixed, 3 * N),
+                            row(x, at), row(v_reset, b_at), N, row(own, r * N), s_r,
+                        )  # fmt: skip
+                    else:
+                        fill(s_r, nought, N)
                     word = ((t // WORD) * B + first + r) * N
                     count(s_r, row(counts, b_at), row(bits, word), t, N, mean, every > 0)
         copy(own, row(v, first * N), rows * N)
@@ -140,8 +147,8 @@ def gpn_forward_kernel(
 
 @kernel(pointwise_cpu.__file__)
 def gpn_backward_kernel(
-    counter, g_s, scale, x, v, weight_x, weight_v, weight_xt, weight_vt, bias, v_reset, bits,
-    g_v, g_z, g_x,
+    counter, g_s, scale, x, v, weight_x, weight_v, weight_xt, weight_vt, bias, v_reset, lengths,
+    bits, g_v, g_z, g_x,
     start, steps, B, N, G, every, per_step, known, tile, block, name, alpha, p_f, p_i, p_b, p_t,
 ):  # fmt: skip
     """Steps start + steps - 1 down to start, for the tiles this thread takes.
@@ -156,7 +163,7 @@ def gpn_backward_kernel(
     z = np.empty(block * room * depth, x.dtype)
     g_own, g_x_own = np.zeros(room * width, x.dtype), np.zeros(block * room * width, x.dtype)
     g_u, unused = np.empty(N, x.dtype), np.empty(4 * N, x.dtype)
-    of_f = x.dtype.type(1 if p_f >= 0 and p_i < 0 else 0)
+    of_f, nought = x.dtype.type(1 if p_f >= 0 and p_i < 0 else 0), x.dtype.type(0)
     fixed, i_own = constants(N, x), np.empty(N, x.dtype)
     zero, one = np.int64(0), np.int64(1)
     b_start, b_stop = panels, panels
@@ -216,12 +223,19 @@ def gpn_backward_kernel(
                         activate(z_r, N, width, G, p_b, find_b)
                     if p_i < 0:
                         input_gate(f, i, N)
+                    z_at, ended = at // N * z_row, t >= lengths[first + r]
                     if not back:
-                        if replays or find_b:
+                        if ended and replays:
+                            copy(v_r, row(v_r, B * N), N)
+                        elif replays or find_b:
                             v_next = row(v_r, B * N)
                             replay(f, i, b, x_r, v_r, v_next, reset_r, bits_r, t, N, find_b)
                         continue
-                    z_at = at // N * z_row
+                    if ended:
+                        # g_v[t] is g_v[t+1]
+                        fill(row(g_z, z_at), nought, G * N)
+                        fill(row(g_x_own, (k * room + r) * width), nought, N)
+                        continue
                     distance(f, i, theta, x_r, v_r, N, g_u)
                     surrogate_derivative(N, name, alpha, g_u)
                     adjoint(
@@ -283,6 +297,11 @@ def _places(gates: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(gates.index(g) if g in gates else -1 for g in ("f", "i", "b", "theta"))
 
 
+def _ends(lengths: Tensor | None, T: int, B: int) -> np.ndarray:
+    """The step [B] int64 at which each sequence has ended."""
+    return np.full(B, T) if lengths is None else lengths.contiguous().numpy()
+
+
 def gpn_forward(
     x: Tensor,
     weight_x: Tensor | None,
@@ -293,6 +312,7 @@ def gpn_forward(
     gates: tuple[str, ...],
     every: int,
     mean: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run GPN forward; arguments and results as recurrence_torch.gpn_forward.
 
@@ -300,6 +320,7 @@ def gpn_forward(
         x [T, B, N] float64, float32, float16 or bfloat16: synaptic current.
         weight_x, weight_v [G N, N], bias [G N]: gate weights; None without gates.
         v_reset, v0 [B, N]. These and the weights are float64 if x is, else float32.
+        lengths [B] int64: steps of each sequence; None: T.
         gates: reference.GATES[variant].
         every: save v every so many steps; 0 saves nothing. mean: return the mean spike only.
     Returns:
@@ -318,7 +339,7 @@ def gpn_forward(
     spikes = x.new_empty(0 if mean else x.shape)
     v = v0.clone(memory_format=torch.contiguous_format)
     weights = [pack(w, G, v) for w in (weight_x, weight_v)]
-    fixed = (*weights, flat(bias, v), flat(v_reset, v), flat(v, v))
+    fixed = (*weights, flat(bias, v), flat(v_reset, v), _ends(lengths, T, B), flat(v, v))
     if direct and x.is_contiguous():
         # nothing has to be cast: one call for all steps
         chunk = T
@@ -340,7 +361,7 @@ def gpn_forward(
             v_c_stored.copy_(saturate(v_c, saved_dtype))
             if not mean:
                 spikes[start:stop] = s_c
-    return (counts / T if mean else spikes), v, v_saved, bits
+    return (counts / own_steps(T, lengths) if mean else spikes), v, v_saved, bits
 
 
 def gpn_backward(
@@ -358,13 +379,14 @@ def gpn_backward(
     alpha: float,
     every: int,
     mean: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Backpropagate through gpn_forward; arguments and results as recurrence_torch.gpn_backward.
 
     Args:
         g_spikes [T, B, N], or [B, N] if mean: gradient of the spikes or of their mean; None: zero.
         g_v_final [B, N]: gradient of v_final; None: zero.
-        x, weight_x, weight_v, bias, v_reset, gates: as gpn_forward had them.
+        x, weight_x, weight_v, bias, v_reset, lengths, gates: as gpn_forward had them.
         bits [ceil(T / 32), B, N], v_saved: as gpn_forward returned them.
         surrogate, alpha: see surrogate.SURROGATES.
     Returns:
@@ -377,6 +399,8 @@ def gpn_backward(
     scale = number(1 / T if mean else 1)
     if g_spikes is None:
         g_spikes, mean = torch.zeros_like(v_reset), True
+    elif mean and lengths is not None:
+        g_spikes, scale = g_spikes / own_steps(T, lengths), number(1)
     g_v = torch.zeros_like(v_reset) if g_v_final is None else g_v_final.to(state)
     g_v = g_v.clone(memory_format=torch.contiguous_format)
     g_x = x.new_empty(x.shape)
@@ -388,7 +412,8 @@ def gpn_backward(
     fixed = (
         *(pack(w, G, g_v) for w in (weight_x, weight_v)),
         *(pack(w, 1, g_v) for w in transposed),
-        flat(bias, g_v), flat(v_reset, g_v), bits.contiguous().view(-1).numpy(), flat(g_v, g_v),
+        flat(bias, g_v), flat(v_reset, g_v), _ends(lengths, T, B),
+        bits.contiguous().view(-1).numpy(), flat(g_v, g_v),
     )  # fmt: skip
     # rows that do not lie a power of two apart, which a cache would put in one place
     z_row = G * N + PANEL

@@ -17,7 +17,8 @@ of time and v_saved [ceil(T / every), B, N] in the operands' dtype: float16 for 
 Read: zx, x, v_reset. Written: spikes, or with MEAN their counts [B, N] float32; with SAVE, for
 backward, the spikes packed 32 steps a word into bits [ceil(T / 32), B, N] int32 and v at every
 `every`-th step. A replay reads the bits and writes v alone. Gates and h are never stored. State,
-gates and accumulators are float32.
+gates and accumulators are float32. lengths [B] int64, where given: from step lengths[b] on sample b
+keeps its v and does not spike.
 
 Source: arXiv 2412.01087. Twin: reference.gpn_loop.
 """
@@ -51,7 +52,7 @@ from gpn_triton.kernels.pointwise import cell, next_v
 
 @triton.jit(do_not_specialize=["start", "stop", "T", "B", "every"])
 def gpn_forward_persistent_kernel(
-    zx_ptr, x_ptr, weight_v_ptr, v_reset_ptr, v_in_ptr,
+    zx_ptr, x_ptr, weight_v_ptr, v_reset_ptr, lengths_ptr, v_in_ptr,
     v_ptr, v_saved_ptr, spikes_ptr, bits_ptr, counts_ptr,
     start, stop, T, B, every,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
@@ -78,6 +79,8 @@ def gpn_forward_persistent_kernel(
     w_theta = load_weight_transposed(weight_v_ptr, k, n, w_mask, "theta", GATES, N)
 
     v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + first + rows, mask=first + rows < B, other=0)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     word = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
     t_first = start + tl.program_id(2) * every
@@ -118,7 +121,11 @@ def gpn_forward_persistent_kernel(
             s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
         else:
             s = h >= theta
-        v = next_v(h, s, z_b, v_reset, GATES, FAST)
+        if lengths_ptr is not None:
+            s = s & (t < length)
+            v = tl.where(t < length, next_v(h, s, z_b, v_reset, GATES, FAST), v)
+        else:
+            v = next_v(h, s, z_b, v_reset, GATES, FAST)
 
         if REPLAY:
             v_row = (t + 1 - start) * rows_per_step + first
@@ -143,7 +150,10 @@ def gpn_forward_persistent_kernel(
     if not REPLAY:
         tl.store(v_ptr + first * N + offs, v, mask=mask)
         if MEAN:
-            count = tl.where(stop == T, tl.div_rn(count, T.to(tl.float32)), count)
+            own = tl.zeros_like(count) + T.to(tl.float32)
+            if lengths_ptr is not None:
+                own = tl.zeros_like(count) + tl.maximum(length, 1).to(tl.float32)
+            count = tl.where(stop == T, tl.div_rn(count, own), count)
             tl.store(counts_ptr + first * N + offs, count, mask=mask)
 
 
@@ -172,7 +182,7 @@ def _products(
 
 @triton.jit(do_not_specialize=["t", "zx_row", "in_row", "out_row", "T", "B", "every"])
 def gpn_forward_stepwise_kernel(
-    zx_ptr, x_ptr, weight_x_ptr, bias_ptr, weight_v_ptr, v_reset_ptr, v_in_ptr,
+    zx_ptr, x_ptr, weight_x_ptr, bias_ptr, weight_v_ptr, v_reset_ptr, lengths_ptr, v_in_ptr,
     state_ptr, v_ptr, v_out_ptr, spikes_ptr, bits_ptr, counts_ptr,
     t, zx_row, in_row, out_row, T, B, every,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, HOIST: tl.constexpr,
@@ -229,7 +239,13 @@ def gpn_forward_stepwise_kernel(
         s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
     else:
         s = h >= theta
-    v = next_v(h, s, z_b, v_reset, GATES, FAST)
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + first + rows, mask=row_mask, other=0)
+        goes_on = t < length
+        s = s & goes_on
+        v = tl.where(goes_on, next_v(h, s, z_b, v_reset, GATES, FAST), v)
+    else:
+        v = next_v(h, s, z_b, v_reset, GATES, FAST)
     tl.store(v_ptr + own + offs, v, mask=mask)
     out = (out_row * rows_per_step + first) * N
     tl.store(v_out_ptr + out + offs, to_operand(v, OPERAND), mask=mask)
@@ -237,7 +253,10 @@ def gpn_forward_stepwise_kernel(
         if MEAN:
             count = tl.load(counts_ptr + first * N + offs, mask=mask & (t > 0), other=0.0)
             count += s.to(tl.float32)
-            count = tl.where(t + 1 == T, tl.div_rn(count, T.to(tl.float32)), count)
+            own_steps = tl.zeros_like(count) + T.to(tl.float32)
+            if lengths_ptr is not None:
+                own_steps = tl.zeros_like(count) + tl.maximum(length, 1).to(tl.float32)
+            count = tl.where(t + 1 == T, tl.div_rn(count, own_steps), count)
             tl.store(counts_ptr + first * N + offs, count, mask=mask)
         else:
             s_t = spikes_ptr + (t * rows_per_step + first) * N
@@ -259,12 +278,13 @@ def gpn_forward(
     every: int,
     mean: bool,
     plan: tiles.Plan,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run GPN forward with the kernels; arguments and results as recurrence_torch.gpn_forward.
 
     Args:
         x: float32, float16 or bfloat16; the weights, v_reset and v0: float32.
-        gates: reference.GATES[variant]. plan: tiles.choose(...).
+        gates: reference.GATES[variant]. plan: tiles.choose(...). lengths [B] int64 or None.
     Returns:
         v_saved is of the operands' dtype: float16 for half x, else float32.
     """
@@ -273,7 +293,7 @@ def gpn_forward(
         # a neuron without weights and current stays at 0 and never spikes
         weights = (resize_weights(w, N, P) for w in (weight_x, weight_v, bias))
         state = (resize(v, P) for v in (v_reset, v0))
-        results = gpn_forward(resize(x, P), *weights, *state, gates, every, mean, plan)
+        results = gpn_forward(resize(x, P), *weights, *state, gates, every, mean, plan, lengths)
         return tuple(resize(a, N) for a in results)
     x, v_reset = x.contiguous(), v_reset.contiguous()
     operand = tiles.operand_dtype(x.dtype)
@@ -293,7 +313,7 @@ def gpn_forward(
     spikes = x if mean else torch.empty_like(x)
     outputs = (v, v_saved, spikes, bits, counts)
     run = _persistent if plan.strategy == "persistent" else _stepwise
-    run(x, first, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan)
+    run(x, first, weight_x, weight_v, bias, v_reset, lengths, v0, outputs, gates, every, mean, plan)
     return (counts if mean else spikes), v, v_saved, bits
 
 
@@ -307,7 +327,7 @@ def _constants(x: Tensor, gates: tuple[str, ...], plan: tiles.Plan) -> tuple[tup
 
 
 def _persistent(
-    x, first, weight_x, weight_v, bias, v_reset, v, outputs, gates, every, mean, plan
+    x, first, weight_x, weight_v, bias, v_reset, lengths, v, outputs, gates, every, mean, plan
 ) -> None:
     T, B, _ = x.shape
     grid, constants = _constants(x, gates, plan)
@@ -315,14 +335,14 @@ def _persistent(
         stop = min(T, start + plan.forward_steps)
         zx = project(x[start:stop] if start else first, weight_x, bias)
         gpn_forward_persistent_kernel[(*grid, 1)](
-            zx, x, weight_v, v_reset, v, *outputs, start, stop, T, B, max(1, every),
+            zx, x, weight_v, v_reset, lengths, v, *outputs, start, stop, T, B, max(1, every),
             MEAN=mean, SAVE=every > 0, REPLAY=False, **constants,
         )  # fmt: skip
         v = outputs[0]
 
 
 def _stepwise(
-    x, first, weight_x, weight_v, bias, v_reset, v0, outputs, gates, every, mean, plan
+    x, first, weight_x, weight_v, bias, v_reset, lengths, v0, outputs, gates, every, mean, plan
 ) -> None:
     T, B, N = x.shape
     grid, constants = _constants(x, gates, plan)
@@ -340,7 +360,7 @@ def _stepwise(
         else:
             target, out_row = pair, (t + 1) % 2
         gpn_forward_stepwise_kernel[(*grid, 1)](
-            zx if plan.hoist else x, x, weight_x, bias, weight_v, v_reset, source,
+            zx if plan.hoist else x, x, weight_x, bias, weight_v, v_reset, lengths, source,
             v if t else v0, v, target, *others, t, chunk_row, in_row, out_row, T, B, 0,
             HOIST=plan.hoist, MEAN=mean, SAVE=every > 0, REPLAY=False,
             BLOCK_K=plan.forward.BLOCK_K, **constants,
@@ -355,6 +375,7 @@ def recurrence_replay(
     zx: Tensor,
     weight_v: Tensor | None,
     v_reset: Tensor,
+    lengths: Tensor | None,
     gates: tuple[str, ...],
     start: int,
     stop: int,
@@ -369,7 +390,7 @@ def recurrence_replay(
     Args:
         v_saved [ceil(T / every), B, N], x [T, B, N], bits [ceil(T / 32), B, N]: as
             gpn_forward had and gave them. zx [stop - start, B, G N]: project() of the chunk.
-        weight_v [G N, N]: in v_saved's dtype. v_reset [B, N] float32.
+        weight_v [G N, N]: in v_saved's dtype. v_reset [B, N] float32. lengths [B] int64 or None.
         start, stop: the chunk; start is a multiple of every.
     Returns:
         v [stop - start, B, N] of v_saved's dtype.
@@ -382,7 +403,7 @@ def recurrence_replay(
     constants |= dict(MEAN=False, SAVE=True, REPLAY=True)
     if plan.strategy == "persistent":
         gpn_forward_persistent_kernel[(*grid, triton.cdiv(steps, every))](
-            zx, x, weight_v, v_reset, v_reset, v_reset, v, x, bits, v_reset,
+            zx, x, weight_v, v_reset, lengths, v_reset, v_reset, v, x, bits, v_reset,
             start, stop, stop, B, every, **constants,
         )  # fmt: skip
         return v
@@ -390,7 +411,7 @@ def recurrence_replay(
     for j in range(min(every, steps) - 1):
         segments = triton.cdiv(steps - 1 - j, every)
         gpn_forward_stepwise_kernel[(*grid, segments)](
-            zx, x, weight_v, zx, weight_v, v_reset, v,
+            zx, x, weight_v, zx, weight_v, v_reset, lengths, v,
             state, state, v, x, bits, v_reset,
             start + j, j, j, j + 1, stop, B, every,
             HOIST=True, BLOCK_K=plan.forward.BLOCK_K, **constants,

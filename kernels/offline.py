@@ -148,6 +148,7 @@ def compile_layer(
     mean: bool = False,
     precision: str = "ieee",
     plan: tiles.Plan | None = None,
+    lengths: bool = False,
 ) -> tuple[tiles.Plan, list[Report]]:
     """Compile every kernel that forward and backward of one layer launch, and of the linear layer
     on its spikes.
@@ -155,7 +156,7 @@ def compile_layer(
     Args:
         N, dtype, gates, surrogate, every, mean: of the layer; T, B: what the plan is chosen for.
         capability: 80, 86, 89, 90 or 100. precision: of float32 products, "ieee" or "tf32".
-        plan: instead of tiles.choose.
+        plan: instead of tiles.choose. lengths: whether sequences have their own.
     Returns:
         the plan and one report per kernel.
     """
@@ -166,16 +167,19 @@ def compile_layer(
     steps, rows = 3 * every, 2
     x = torch.zeros(steps, rows, N, dtype=dtype)
     state = torch.zeros(rows, N)
+    ends = torch.ones(rows, dtype=torch.int64) if lengths else None
     weights = [None] * 3
     if gates:
         G = len(gates)
         weights = [torch.zeros(G * N, N), torch.zeros(G * N, N), torch.zeros(G * N)]
     with compiling(capability) as found:
-        out, _, v_saved, bits = gpn_forward(x, *weights, state, state, gates, every, mean, plan)
+        out, _, v_saved, bits = gpn_forward(
+            x, *weights, state, state, gates, every, mean, plan, ends
+        )
         g_out = torch.zeros_like(out)
         gpn_backward(
             g_out, None, x, *weights, state, bits, v_saved,
-            gates, surrogate, 2.0, every, mean, plan,
+            gates, surrogate, 2.0, every, mean, plan, ends,
         )  # fmt: skip
         if not mean:
             for mask in (None, state):

@@ -153,6 +153,12 @@ def copy(source, target, N):
 
 
 @inner
+def fill(target, value, N):
+    for j in range(N):
+        target[j] = value
+
+
+@inner
 def count(s, counts, bits, t, N, mean, save):
     """Add the spikes of step t of one row to their counts, and write them into their word."""
     if mean:

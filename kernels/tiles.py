@@ -67,6 +67,11 @@ def saturate(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return a.to(dtype)
 
 
+def own_steps(T: int, lengths: torch.Tensor | None) -> torch.Tensor | int:
+    """What the spikes of [B, N] are divided by for their mean: T, or each sample's own [B, 1]."""
+    return T if lengths is None else lengths.clamp(min=1)[:, None]
+
+
 def is_half(dtype: torch.dtype) -> bool:
     """Whether the dtype is a 16-bit float."""
     return dtype in (torch.float16, torch.bfloat16)

@@ -25,7 +25,15 @@ def layer(T, B, N, variant="full", dtype=torch.float32, gain=1.5):
 
 
 def run_kernels(
-    inputs, g_out, g_v_final, plan, variant="full", surrogate="atan", alpha=2.0, every=1
+    inputs,
+    g_out,
+    g_v_final,
+    plan,
+    variant="full",
+    surrogate="atan",
+    alpha=2.0,
+    every=1,
+    lengths=None,
 ):
     """out, spikes, v_final, v_saved and the gradients that the layer has.
 
@@ -33,10 +41,10 @@ def run_kernels(
     """
     x, *weights, v_reset, _ = inputs
     mean = g_out.ndim == 2
-    out, v_final, v_saved, bits = gpn_forward(*inputs, GATES[variant], every, mean, plan)
+    out, v_final, v_saved, bits = gpn_forward(*inputs, GATES[variant], every, mean, plan, lengths)
     gradients = gpn_backward(
         g_out.to(out.dtype), g_v_final, x, *weights, v_reset, bits, v_saved,
-        GATES[variant], surrogate, alpha, every, mean, plan,
+        GATES[variant], surrogate, alpha, every, mean, plan, lengths,
     )  # fmt: skip
     # the last steps alone: unpacked, all of a long sequence would not fit beside it
     first = max(0, len(x) - 70) // 32 * 32

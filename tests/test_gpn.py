@@ -26,7 +26,8 @@ def test_operator_passes_opcheck(variant, mean):
     if variant == "no-fitb":
         inputs[1:] = [None] * 3
     state = torch.zeros(3, 5)
-    arguments = (*inputs, state, state.clone(), variant, "atan", 2.0, "torch", 2, mean)
+    lengths = torch.tensor([1, 0, 2]) if mean else None
+    arguments = (*inputs, state, state.clone(), lengths, variant, "atan", 2.0, "torch", 2, mean)
     torch.library.opcheck(ops._recurrence, arguments)
 
 

@@ -53,7 +53,7 @@ def beyond_the_gpu(how, N, variant, dtype, cuda):
 
 
 def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, every=1,
-          surrogate="atan", alpha=2.0, **changes):  # fmt: skip
+          surrogate="atan", alpha=2.0, lengths=None, **changes):  # fmt: skip
     """Hold forward and every gradient of the kernels against autograd of the specification."""
     how = plan(strategy, T, B, N, dtype, variant, every, **changes)
     if reason := beyond_the_gpu(how, N, variant, dtype, DEVICE == "cuda"):
@@ -62,24 +62,25 @@ def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, ev
     g_out = torch.randn((B, N) if mean else (T, B, N), device=DEVICE)
     g_v_final = torch.randn(B, N, device=DEVICE)
     out, spikes, v_final, _, gradients = run_kernels(
-        inputs, g_out, g_v_final, how, variant, surrogate, alpha, every
+        inputs, g_out, g_v_final, how, variant, surrogate, alpha, every, lengths
     )
 
     # the smooth step's value shows |h - theta|, its gradient is the surrogate's, and neurons reset
     # where the kernel spiked
     exact = [t if t is None else t.double() for t in inputs]
     leaves = [t.requires_grad_() for t in (*exact[:4], exact[5]) if t is not None]
-    soft, v_exact = gpn_loop(*exact, variant, surrogate, alpha, reset_mask=spikes.double())
+    soft, v_exact = gpn_loop(*exact, variant, surrogate, alpha, spikes.double(), lengths)
     tolerance = TOLERANCES[dtype]
     sure = (soft - 0.5).abs() > tolerance.margin * alpha / 2
     assert sure.double().mean() > 0.9
     assert torch.equal(spikes[sure] > 0, soft[sure] > 0.5)
     assert 0.02 < spikes.double().mean() < 0.98 or spikes.numel() < 100
     if mean:
-        torch.testing.assert_close(out, spikes.float().mean(0), **MEAN)
+        own = tiles.own_steps(T, lengths)
+        torch.testing.assert_close(out, spikes.float().sum(0) / own, **MEAN)
     assert (v_final.double() - v_exact).abs().max() < tolerance.state
     expected = torch.autograd.grad(
-        [soft.mean(0) if mean else soft, v_exact],
+        [soft.sum(0) / own if mean else soft, v_exact],
         leaves,
         [g_out.to(out.dtype).double(), g_v_final.double()],
     )
@@ -113,6 +114,17 @@ def test_both_strategies_equal_the_specification(strategy, T, B, N, options):
 @pytest.mark.parametrize("variant", [v for v in GATES if GATES[v]])
 def test_every_variant_equals_the_specification(variant, strategy):
     check(strategy, 4, 5, 16, variant, every=2)
+
+
+@pytest.mark.parametrize("strategy, variant, options", [
+    ("persistent", "full", {"mean": True, "backward_steps": 4}),
+    ("persistent", "no-i", {"every": 3, "backward_steps": 3}),
+    ("stepwise", "full", {"every": 2, "backward_steps": 4}),
+    ("stepwise", "no-b", {"mean": True}),
+])  # fmt: skip
+def test_sequences_that_end_earlier_equal_the_specification(strategy, variant, options):
+    lengths = torch.tensor([0, 7, 1, 4, 9], device=DEVICE)
+    check(strategy, 9, 5, 16, variant, lengths=lengths, **options)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)

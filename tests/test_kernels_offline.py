@@ -28,12 +28,13 @@ LAYERS = {
         ("persistent", 90, {}),
         ("persistent", 90, {"N": 37, "dtype": "bfloat16", "mean": True, "every": 10}),
         ("persistent", 90, {"N": 300, "variant": "no-fitb"}),
-        ("persistent", 80, {"N": 64, "dtype": "float32"}),
+        ("persistent", 80, {"N": 64, "dtype": "float32", "lengths": True}),
         ("stepwise", 80, {"N": 256, "every": 10}),
         ("stepwise", 90, {"N": 512, "dtype": "float32", "precision": "tf32"}),
     ],
     "rest": [
-        ("persistent", 90, {"every": 10}),
+        ("persistent", 90, {"every": 10, "lengths": True}),
+        ("stepwise", 90, {"N": 256, "lengths": True}),
         ("persistent", 80, {"variant": "no-i"}),
         ("persistent", 90, {"N": 64, "dtype": "float32", "precision": "tf32"}),
         ("stepwise", 90, {"dtype": "float32"}),
@@ -110,7 +111,7 @@ def compile_binning(config: dict, augmented: bool, capability: int) -> list[dict
                 torch.zeros(80), torch.zeros(80, dtype=torch.int16), torch.arange(5) * 20, numbers,
                 torch.zeros(B, dtype=torch.int64),
                 torch.zeros(2, dtype=torch.int64) if augmented else None, 700, 40,
-                BinningConfig(T, **{**config, "dtype": dtype}), augmentation,
+                BinningConfig(T, **{**config, "dtype": dtype}), augmentation, 0, T,
             )  # fmt: skip
     reports = []
     for entry in found:

@@ -19,13 +19,13 @@ ROOMS = {
     ),
     "machine": ("device distributed figure files graphs interrupt profile provenance", ""),
     "neurons": (
-        "checks cost derivatives event_linear explain gpn gpn_options layers lif networks "
-        "recurrence_torch reference spike_linear surrogate",
+        "checks cost derivatives event_linear explain gpn gpn_options jacobian layers lif networks "
+        "recurrence_torch reference spike_linear surrogate time_steps",
         "machine kernels",
     ),
     "data": (
-        "augmentation binning datasets events feed hold_out sources.download sources.hdf5 "
-        "sources.hdf5_reader sources.synthetic",
+        "augmentation binning datasets dense events feed hold_out sources.download sources.hdf5 "
+        "sources.hdf5_reader sources.images sources.long_tasks sources.synthetic",
         "neurons machine kernels",
     ),
     "training": (

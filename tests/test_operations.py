@@ -62,9 +62,11 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def operations(monkeypatch, hidden, classes):
+def operations(monkeypatch, hidden, classes, init):
     """Of one training step of eight samples."""
-    cfg = TrainConfig(hidden=hidden, time_bins=T, batch_size=8, amp="bf16", backend="triton")
+    cfg = TrainConfig(
+        hidden=hidden, time_bins=T, batch_size=8, amp="bf16", backend="triton", init=init
+    )
     net = Unbinned(cfg, build_model(cfg, 700, classes).train(), CPU)
     # also where this CPU has no arithmetic for it
     net.amp, net.x = torch.bfloat16, torch.zeros(T, 8, 700, dtype=torch.bfloat16)
@@ -83,11 +85,14 @@ def operations(monkeypatch, hidden, classes):
     return [name for name in mode.found if not name.startswith(RECURRENCE)]
 
 
-# before they were counted: 129 and 253, without the layers' health, which takes 11 and 10
-@pytest.mark.parametrize(("hidden", "classes", "count"), [
-    ((128,), 20, 75),
-    ((512, 256, 128), 35, 133),
-], ids=["SHD", "SSC"])  # fmt: skip
-def test_a_step_takes_these_operations_and_no_more(hidden, classes, count, monkeypatch):
-    found = operations(monkeypatch, hidden, classes)
+# before they were counted: 129 and 253, without the layers' health, which takes 11 and 10. the quiet
+# start clips, centres and scales
+@pytest.mark.parametrize(("hidden", "classes", "init", "count"), [
+    ((128,), 20, "paper", 75),
+    ((128,), 20, "quiet", 93),
+    ((512, 256, 128), 35, "paper", 133),
+    ((512, 256, 128), 35, "quiet", 175),
+], ids=["SHD", "SHD, quiet", "SSC", "SSC, quiet"])  # fmt: skip
+def test_a_step_takes_these_operations_and_no_more(hidden, classes, init, count, monkeypatch):
+    found = operations(monkeypatch, hidden, classes, init)
     assert len(found) == count, sorted(found)

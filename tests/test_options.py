@@ -32,7 +32,7 @@ def test_amp_alone_means_bf16(tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    ("--dataset mnist", "dataset: expected synthetic, shd, ssc or a file"),
+    ("--dataset mnits", "dataset: expected synthetic, recall, adding, shd, .* or a file"),
     ("--hidden 0", r"hidden: expected sizes of at least 1, got \[0\]"),
     ("--lr nan", "lr: expected float, got nan"),
     ("--lr 0", "lr: expected more than 0"),

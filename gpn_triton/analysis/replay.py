@@ -35,7 +35,7 @@ def replay_layer(
         gates = None
         if hasattr(neuron, "gates"):
             state = torch.zeros_like(x_t) if state is None else state
-            gates = neuron.gates(x_t, state)
+            gates = neuron.gates_at(x_t, state)
             gates = gates if change is None else change(gates)
             s, h, state = neuron.step(x_t, state, gates)
         elif hasattr(neuron, "step"):

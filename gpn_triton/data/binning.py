@@ -20,12 +20,15 @@ from gpn_triton.data.augmentation import (
     ranks,
     spread,
 )
+from gpn_triton.data.dense import DeviceDense
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.machine.device import BACKENDS, choose_backend
 from gpn_triton.neurons.event_linear import Cells
 
 # of the draws: what they depend on beside the sample and the event
 Key = Tensor | tuple[int, int]
+# the time bins first..last - 1 of a sequence that is taken in pieces; None: all of them
+Steps = tuple[int, int] | None
 STYLES = ("counts", "authors")
 OVERFLOWS = ("drop", "clip")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,29 +86,35 @@ class BinningConfig:
         """Input channels of the counts: ceil(channels / channel_bin)."""
         return -(-channels // self.channel_bin)
 
-    def shape(self, events: DeviceEvents, indices: Tensor) -> tuple[int, int, int]:
-        """(T, B, columns) of the counts of some samples."""
-        return self.time_bins, len(indices), self.columns(events.num_channels)
+    def shape(
+        self, events: DeviceEvents, indices: Tensor, steps: Steps = None
+    ) -> tuple[int, int, int]:
+        """(bins, B, columns) of the counts of some samples in the bins steps; None: in all."""
+        first, last = steps or (0, self.time_bins)
+        return last - first, len(indices), self.columns(events.num_channels)
 
 
 def batch_input(
-    events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
-    key: Key | None, sparse: bool,
+    events: DeviceEvents | DeviceDense, indices: Tensor, config: BinningConfig,
+    augmentation: Augmentation | None, key: Key | None, sparse: bool, steps: Steps = None,
 ) -> Tensor | Cells:  # fmt: skip
     """Some samples in the form in which the network takes them soonest.
 
     On a CPU that is a list of events, where the samples have few a cell; else events are counted.
-    The numbers are the same in either form.
+    The numbers are the same in either form. Real-valued inputs are what they are.
 
     Args:
-        events, indices, config, augmentation: as in bin_batch. key: its draw_key.
+        events, indices, config, augmentation, steps: as in bin_batch. key: its draw_key.
         sparse: whether the network can take a list of events.
     Returns:
-        Cells of shape (T, B, columns), or counts [T, B, columns] of config.dtype.
+        Cells of shape (T, B, columns), or counts [T, B, columns] of config.dtype; of the bins
+        `steps` alone, where they are given.
     """
+    if isinstance(events, DeviceDense):
+        return events.batch(indices, *(steps or (0, config.time_bins)), config.dtype)
     if sparse and prefers_cells(events, config):
-        return bin_cells(events, indices, config, augmentation, key)
-    return bin_batch(events, indices, config, augmentation, key)
+        return bin_cells(events, indices, config, augmentation, key, steps)
+    return bin_batch(events, indices, config, augmentation, key, steps=steps)
 
 
 def prefers_cells(events: DeviceEvents, config: BinningConfig) -> bool:
@@ -117,6 +126,7 @@ def prefers_cells(events: DeviceEvents, config: BinningConfig) -> bool:
 def bin_batch(
     events: DeviceEvents, indices: Tensor, config: BinningConfig,
     augmentation: Augmentation | None = None, draw_key: Key | None = None, backend: str = "auto",
+    steps: Steps = None,
 ) -> Tensor:  # fmt: skip
     """Count the events of some samples by time bin and channel.
 
@@ -134,8 +144,9 @@ def bin_batch(
             on the events' device, or two integers. Needed with an augmentation.
         backend: triton (CUDA, or CPU tensors under Triton's interpreter), cpu, torch, or auto; see
             device.choose_backend. Counts are the same, bit for bit.
+        steps: first and last + 1 of the T time bins that are wanted; None: all.
     Returns:
-        counts [T, B, ceil(C / channel_bin)] of config.dtype.
+        counts [T, B, ceil(C / channel_bin)] of config.dtype, T being the number of bins wanted.
     Raises:
         ValueError: indices of another type or shape, an augmentation without a key, or an unknown
             backend.
@@ -148,7 +159,7 @@ def bin_batch(
     if how == "cpu":
         from gpn_triton.kernels import binning_cpu
 
-        counts = binning_cpu.binning_count(events, indices, config, augmentation, draw_key)
+        counts = binning_cpu.binning_count(events, indices, config, augmentation, draw_key, steps)
         return counts.to(config.dtype)
     if how == "triton":
         from gpn_triton.kernels.binning import binning_count
@@ -160,11 +171,11 @@ def bin_batch(
             return binning_count(
                 events.times, events.units, events.offsets, events.numbers,
                 indices.contiguous(), key, events.num_channels, events.longest, config,
-                augmentation,
+                augmentation, *(steps or (0, config.time_bins)),
             )  # fmt: skip
 
-    counts = torch.zeros(config.shape(events, indices), device=indices.device)
-    cell, weight = _cells(events, indices, config, augmentation, draw_key)
+    counts = torch.zeros(config.shape(events, indices, steps), device=indices.device)
+    cell, weight = _cells(events, indices, config, augmentation, draw_key, steps)
     # sums of ones are exact in float32, in whatever order
     counts.view(-1).scatter_add_(0, cell, weight)
     return counts.to(config.dtype)
@@ -172,12 +183,13 @@ def bin_batch(
 
 def bin_cells(
     events: DeviceEvents, indices: Tensor, config: BinningConfig,
-    augmentation: Augmentation | None = None, draw_key: Key | None = None,
+    augmentation: Augmentation | None = None, draw_key: Key | None = None, steps: Steps = None,
 ) -> Cells:  # fmt: skip
     """The events that bin_batch counts, as a sorted list for event_linear; on a CPU alone.
 
     Args:
-        events, indices, config, augmentation, draw_key: as bin_batch; config.dtype is not used.
+        events, indices, config, augmentation, draw_key, steps: as bin_batch; config.dtype is not
+            used.
     Returns:
         Cells of shape (T, B, ceil(C / channel_bin)); their dense() is bin_batch in float32.
     Raises:
@@ -186,8 +198,8 @@ def bin_cells(
     from gpn_triton.kernels import binning_cpu
 
     _check(indices, augmentation, draw_key)
-    listed = binning_cpu.binning_list(events, indices, config, augmentation, draw_key)
-    return Cells(config.shape(events, indices), *listed)
+    listed = binning_cpu.binning_list(events, indices, config, augmentation, draw_key, steps)
+    return Cells(config.shape(events, indices, steps), *listed)
 
 
 def _check(indices: Tensor, augmentation: Augmentation | None, draw_key: Key | None) -> None:
@@ -200,11 +212,11 @@ def _check(indices: Tensor, augmentation: Augmentation | None, draw_key: Key | N
 
 def _cells(
     events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
-    draw_key: Key | None,
+    draw_key: Key | None, steps: Steps,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each event's place in counts.flatten() [E] int64, and 1 for an event that stays, 0 for
     another [E] float32."""
-    _, B, columns = config.shape(events, indices)
+    bins, B, columns = config.shape(events, indices, steps)
     first, end = (events.offsets.index_select(0, indices + k) for k in (0, 1))
     count = end - first
     where_from = ranks(count).add_(spread(first, count))
@@ -221,6 +233,10 @@ def _cells(
             slot = torch.cat([slot, spread(slots, noise[2])])
             weight = torch.cat([weight, torch.ones_like(noise[0])])
     bin, channel, inside = _place(config, t, unit, events.num_channels)
+    if steps is not None:
+        bin = bin - steps[0]
+        inside = inside * ((bin >= 0) & (bin < bins))
+        bin = bin.clamp(0, bins - 1)
     return (bin * B + slot) * columns + channel, weight * inside
 
 

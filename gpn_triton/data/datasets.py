@@ -10,14 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
+from gpn_triton.data.dense import DenseStore
 from gpn_triton.data.events import EventStore, check_range
 from gpn_triton.data.hold_out import choose_split
 from gpn_triton.data.sources.download import PARTS, fetch
 from gpn_triton.data.sources.hdf5 import read_classes, read_events
+from gpn_triton.data.sources.images import PIXELS, digits, mnist
+from gpn_triton.data.sources.long_tasks import add_pairs, long_task_splits
 from gpn_triton.data.sources.synthetic import synthetic_splits
 
-# the sets known by name; what ends in .h5 is a file
-DATASETS = ("synthetic", *PARTS)
+# the sets made from a seed, those whose inputs are no events, and all that are known by name; what
+# ends in .h5 is a file
+MADE = ("synthetic", "recall", "adding")
+DENSE = ("adding", *PIXELS)
+DATASETS = (*MADE, *PARTS, *PIXELS)
+# the share of the images that is held out for the test where there is no test file
+IMAGES_HELD_OUT = 0.2
 # as published today; older documents give others for SHD
 KNOWN_COUNTS = {
     "shd": {"train": 8156, "test": 2264},
@@ -35,13 +43,18 @@ class Splits:
         description: one line for people: where each part comes from.
     """
 
-    train: EventStore
-    valid: EventStore
-    load_test: Callable[[], EventStore]
+    train: EventStore | DenseStore
+    valid: EventStore | DenseStore
+    load_test: Callable[[], EventStore | DenseStore]
     description: str
 
+    @property
+    def learns_number(self) -> bool:
+        """Whether the labels are numbers to come near to, not classes."""
+        return self.train.labels.dtype.kind == "f"
+
     @cached_property
-    def test(self) -> EventStore:
+    def test(self) -> EventStore | DenseStore:
         """The test samples, read now if they were not before."""
         return self.load_test()
 
@@ -51,10 +64,13 @@ class DataSource:
     """Where samples come from, and how they are split where parts have no file of their own.
 
     Args:
-        dataset: synthetic, shd, ssc or a file in SHD's layout; a train_file wins over it.
+        dataset: one of DATASETS or a file in SHD's layout; a train_file wins over it.
         train_file, valid_file, test_file: files in SHD's layout. A missing test part is held out of
             the training data first, then a missing validation part.
-        samples, classes: training samples and words of synthetic.
+        samples, classes: training samples of MADE; words of synthetic, symbols of recall.
+        time_bins, max_time: T, and the window in seconds: long tasks are made for them.
+        permuted: whether the pixels of images come in one random order.
+        add_pairs: whether two samples are put together, see long_tasks.add_pairs; of events only.
         valid_split, valid_fraction: see hold_out.choose_split; for a held-out test part, too.
         data_dir, download: see download.fetch. cache_dir: see hdf5.read_events.
     """
@@ -65,6 +81,10 @@ class DataSource:
     test_file: str | os.PathLike | None = None
     samples: int = 2000
     classes: int = 20
+    time_bins: int = 25
+    max_time: float = 1.0
+    permuted: bool = False
+    add_pairs: bool = False
     valid_split: str = "auto"
     valid_fraction: float = 0.1
     data_dir: str | os.PathLike = "data"
@@ -97,10 +117,31 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
         ValueError: an unknown name, a bad file, classes that do not fit the training data's, or a
             split that cannot be. FileNotFoundError, ConnectionError: no such file.
     """
-    if source.train_file is None and source.dataset == "synthetic":
-        made = synthetic_splits(source.samples, seed, source.classes)
-        about = f"synthetic, seed {seed}: {_sizes(made.train, made.valid)}"
+    found = _find_splits(source, seed)
+    if not source.add_pairs:
+        return found
+
+    def pairs(store: EventStore, part: int) -> EventStore:
+        return add_pairs(store, source.max_time, 3 * seed + part)
+
+    about = f"{found.description}; in pairs with the sum of their labels"
+    return Splits(pairs(found.train, 0), pairs(found.valid, 1), lambda: pairs(found.test, 2), about)
+
+
+def _find_splits(source: DataSource, seed: int) -> Splits:
+    """The parts as they are made or read."""
+    if source.train_file is None and source.dataset in MADE:
+        if source.dataset == "synthetic":
+            made = synthetic_splits(source.samples, seed, source.classes)
+        else:
+            made = long_task_splits(
+                source.dataset, source.samples, seed, source.time_bins, source.max_time,
+                source.classes,
+            )  # fmt: skip
+        about = f"{source.dataset}, seed {seed}: {_sizes(made.train, made.valid)}"
         return Splits(made.train, made.valid, lambda: made.test, about)
+    if source.train_file is None and source.dataset in PIXELS:
+        return _image_splits(source, seed)
 
     name, files = source.files()
 
@@ -109,7 +150,7 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
         known = KNOWN_COUNTS.get(name, {}).get(part, len(store))
         if len(store) != known:
             warnings.warn(
-                f"{files[part]}: {len(store)} samples, the published set has {known}", stacklevel=3
+                f"{files[part]}: {len(store)} samples, the published set has {known}", stacklevel=4
             )
         return store
 
@@ -144,7 +185,27 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
     return Splits(train, valid, load_test, about)
 
 
-def _sizes(train: EventStore, valid: EventStore) -> str:
+def _image_splits(source: DataSource, seed: int) -> Splits:
+    """The parts of a set of images, whose validation part is always held out."""
+    name, how = source.dataset, (source.time_bins, source.permuted)
+    read = partial(mnist, data_dir=source.data_dir, download=source.download)
+    # nobody is known to have written an image
+    method = "stratified" if source.valid_split == "auto" else source.valid_split
+    if name == "mnist":
+        train, test_how = read("train", *how), "t10k files, read at the end"
+        load_test = partial(read, "t10k", *how)
+    else:
+        whole = digits(*how) if name == "digits" else read("t10k", *how)
+        kept, held, test_how = choose_split(whole, method, IMAGES_HELD_OUT, seed + 1)
+        train, load_test = whole.subset(kept), partial(whole.subset, held)
+    kept, held, valid_how = choose_split(train, method, source.valid_fraction, seed)
+    train, valid = train.subset(kept), train.subset(held)
+    order = ", permuted" if source.permuted else ""
+    about = f"{name}{order}: {_sizes(train, valid)} ({valid_how}); test: {test_how}"
+    return Splits(train, valid, load_test, about)
+
+
+def _sizes(train: EventStore | DenseStore, valid: EventStore | DenseStore) -> str:
     return f"{len(train)} training and {len(valid)} validation samples"
 
 
@@ -155,7 +216,7 @@ def _warn_of_same(files: dict[str, str | os.PathLike | None]) -> None:
             warnings.warn(
                 f"{b} holds the {one} and the {other} data: an accuracy on samples "
                 "that training has seen says little",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

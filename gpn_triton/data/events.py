@@ -87,6 +87,10 @@ class EventStore:
             speakers=None if self.speakers is None else self.speakers[indices],
         )
 
+    def on(self, device: torch.device | str) -> DeviceEvents:
+        """The samples on a device."""
+        return DeviceEvents(self, device)
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a SHA-256 of all contents: 0.5 s for SHD, a few s for SSC."""
         digest = hashlib.sha256(repr((self.num_channels, self.class_names)).encode())

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpn_triton.data.dense import DenseStore, DeviceDense
 from gpn_triton.data.events import DeviceEvents, EventStore
 
 # what a store takes on a device: each event a time and a unit, each sample an offset, a label and
@@ -36,9 +37,11 @@ GATHERED = 256
 
 
 def make_feed(
-    store: EventStore, device: torch.device | str, limit_mib: float | None = None
+    store: EventStore | DenseStore, device: torch.device | str, limit_mib: float | None = None
 ) -> tuple[Feed, str]:
     """The whole set on the device where it fits a limit, else streamed.
+
+    Real-valued inputs are always whole on the device.
 
     Args:
         store: the set. device: where its batches shall be.
@@ -46,8 +49,18 @@ def make_feed(
             limit on a CPU.
     Returns:
         the feed, and one line that says what was decided and why.
+    Raises:
+        ValueError: real-valued inputs above the limit.
     """
     device = torch.device(device)
+    if isinstance(store, DenseStore):
+        size = store.inputs.nbytes / MIB
+        if limit_mib is not None and size > limit_mib:
+            raise ValueError(
+                f"event_mib: expected at least {math.ceil(size)} MiB, since real-valued inputs are "
+                f"not streamed, got {limit_mib:g}"
+            )
+        return Feed(store.on(device)), f"inputs: {size:.0f} MiB, resident on {device}"
     size = _bytes(len(store.times), len(store)) / MIB
     line, limit = f"events: {size:.0f} MiB", limit_mib
     why = "" if limit is None else f" (limit {limit:.0f} MiB)"
@@ -69,9 +82,9 @@ class Feed:
         events: what `batch` numbers; its tensors keep their addresses.
     """
 
-    def __init__(self, events: DeviceEvents):
+    def __init__(self, events: DeviceEvents | DeviceDense):
         self.events = events
-        self._order = torch.arange(len(events), device=events.times.device)
+        self._order = torch.arange(len(events), device=events.labels.device)
         self._position = self._order.new_zeros(1)
         self._offsets = self._order.clone()
         self._left = 0

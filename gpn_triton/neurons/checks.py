@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -41,6 +42,22 @@ def check_state(name: str, state: object, x: Tensor) -> None:
             f"{name}: expected shape {shape} for x {list(x.shape)}, got {list(state.shape)}"
         )
     check_operand(name, state, x)
+
+
+def check_lengths(lengths: object, x: Tensor) -> None:
+    """Refuse what are no lengths [B] for x [T, B, N].
+
+    Raises:
+        TypeError: no tensor. ValueError: another shape, a dtype that is no int, or another device.
+    """
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected a tensor [B], got {type(lengths).__name__}")
+    if list(lengths.shape) != [x.shape[1]] or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"lengths: expected int64 [{x.shape[1]}], got {lengths.dtype} {list(lengths.shape)}"
+        )
+    if lengths.device != x.device:
+        raise ValueError(f"lengths: expected on x's device {x.device}, got {lengths.device}")
 
 
 def check_fits(x: Tensor, weight: Tensor) -> None:

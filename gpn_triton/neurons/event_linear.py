@@ -44,6 +44,11 @@ class Cells:
         row = cell // C
         return cls(shape, cell - row * C, torch.searchsorted(row, torch.arange(T * B + 1)))
 
+    def sums(self) -> Tensor:
+        """Each channel's counts, summed over bins and samples [C] float64."""
+        ones = torch.ones_like(self.channel, dtype=torch.float64)
+        return ones.new_zeros(self.shape[2]).index_add_(0, self.channel, ones)
+
     def dense(self) -> Tensor:
         """The counts [T, B, C] float32."""
         T, B, C = self.shape

@@ -9,11 +9,11 @@ recurrence kernels, which it imports when they are first asked for.
 import torch
 from torch import Tensor
 
-from gpn_triton.kernels.tiles import WORD
+from gpn_triton.kernels.tiles import WORD, own_steps
 from gpn_triton.machine import device
 from gpn_triton.machine.device import autocast_dtype, choose_backend
 from gpn_triton.neurons import cost, recurrence_torch
-from gpn_triton.neurons.checks import check_operand, check_sequence, check_state
+from gpn_triton.neurons.checks import check_lengths, check_operand, check_sequence, check_state
 from gpn_triton.neurons.derivatives import (
     beyond_operators,
     refuse_nothing_saved,
@@ -39,6 +39,7 @@ def gpn(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     output: str = "spikes",
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a layer of Gated Parametric Neurons over a sequence.
 
@@ -68,6 +69,9 @@ def gpn(
         checkpoint_every: save the membrane every so many steps for backward and replay the steps
             between; None or 1 saves every step.
         output: spikes, or mean: only their mean over time, so that [T, B, N] is never written.
+        lengths [B] int: steps of each sequence, 0..T (not checked). One that has ended keeps its
+            membrane, spikes no more and adds nothing to any gradient; its mean is over its own
+            steps. Its x must be finite there and does not count. None: T.
     Returns:
         spikes [T, B, N] of x's dtype (under autocast, of autocast's), or their mean [B, N] float32;
         v_final [B, N] float32 (float64 if x is): pass it as v0 to go on.
@@ -78,7 +82,7 @@ def gpn(
     Source: arXiv 2412.01087; reference.gpn_loop is the definition.
     """
     options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
-    return gpn_packed(x, (weight_x, weight_v, bias), v_reset, v0, options)[:2]
+    return gpn_packed(x, (weight_x, weight_v, bias), v_reset, v0, options, lengths)[:2]
 
 
 def gpn_packed(
@@ -87,11 +91,13 @@ def gpn_packed(
     v_reset: Tensor | None,
     v0: Tensor | None,
     options: GPNOptions,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """gpn() that also returns the packed spikes it holds for backward, for spike_linear to share.
 
     Args:
-        x, v_reset, v0: as gpn. weights: its weight_x, weight_v and bias. options: the rest.
+        x, v_reset, v0, lengths: as gpn. weights: its weight_x, weight_v and bias. options: the
+            rest.
     Returns:
         spikes (or their mean) and v_final as gpn; bits [ceil(T / 32), B, N] int32, not
         differentiable: bit t % 32 of word t // 32 is the spike at step t. None where nothing needs
@@ -108,6 +114,9 @@ def gpn_packed(
     for name, state in (("v_reset", v_reset), ("v0", v0)):
         if state is not None:
             check_state(name, state, x)
+    if lengths is not None:
+        check_lengths(lengths, x)
+        lengths = lengths.to(torch.int64)
 
     autocast = autocast_dtype(x)
     x = x if autocast is None else x.to(autocast)
@@ -118,11 +127,13 @@ def gpn_packed(
     v0 = v_reset if v0 is None else v0.to(state)
     weights = [w if w is None else w.to(state) for w in weights]
     if beyond_operators(x, *weights, v0):
-        return *_loop(x, weights, v_reset, v0, options), None
+        return *_loop(x, weights, v_reset, v0, options, lengths), None
     needs_grad, keeps_bits = saves_for_backward(x, *weights, v0)
     if not torch.compiler.is_compiling():
         cost.tell_flop_counter()
-    out, v_final, _, bits = _recurrence(x, *weights, v_reset, v0, *options.flat(save=needs_grad))
+    out, v_final, _, bits = _recurrence(
+        x, *weights, v_reset, v0, lengths, *options.flat(save=needs_grad)
+    )
     return out, v_final, bits if keeps_bits else None
 
 
@@ -140,7 +151,10 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
     check_operand(name, tensor, x)
 
 
-def _loop(x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOptions):
+def _loop(
+    x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOptions,
+    lengths: Tensor | None,
+):  # fmt: skip
     """The operator's spikes or their mean and v_final, by the loop that defines them."""
     if options.backend in ("triton", "cpu"):
         raise RuntimeError(
@@ -149,9 +163,12 @@ def _loop(x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOpt
         )
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         spikes, v_final = gpn_loop(
-            x.to(v0.dtype), *weights, v_reset, v0, options.variant, options.surrogate, options.alpha
-        )
-    return spikes.mean(0) if options.output == "mean" else spikes.to(x.dtype), v_final
+            x.to(v0.dtype), *weights, v_reset, v0, options.variant, options.surrogate,
+            options.alpha, lengths=lengths,
+        )  # fmt: skip
+    if options.output == "mean":
+        return spikes.sum(0) / own_steps(len(x), lengths), v_final
+    return spikes.to(x.dtype), v_final
 
 
 def compiles_first(backend: str, x: Tensor) -> bool:
@@ -181,6 +198,7 @@ def _recurrence(
     bias: Tensor | None,
     v_reset: Tensor,
     v0: Tensor,
+    lengths: Tensor | None,
     variant: str,
     surrogate: str,
     alpha: float,
@@ -193,20 +211,23 @@ def _recurrence(
     with torch.autocast(x.device.type, enabled=False):
         how = choose_backend(backend, x)
         if how == "torch":
-            return recurrence_torch.gpn_forward(*arguments, variant, every, mean)
+            return recurrence_torch.gpn_forward(*arguments, variant, every, mean, lengths)
         if how == "cpu":
             from gpn_triton.kernels import gpn_cpu
 
-            return gpn_cpu.gpn_forward(*arguments, GATES[variant], every, mean)
+            return gpn_cpu.gpn_forward(*arguments, GATES[variant], every, mean, lengths)
         from gpn_triton.kernels.gpn_forward import gpn_forward
 
         with torch.cuda.device_of(x):
             plan = _plan(x, variant, every)
-            return gpn_forward(*arguments, GATES[variant], every, mean, plan)
+            return gpn_forward(*arguments, GATES[variant], every, mean, plan, lengths)
 
 
 @_recurrence.register_fake
-def _(x, weight_x, weight_v, bias, v_reset, v0, variant, surrogate, alpha, backend, every, mean):
+def _(
+    x, weight_x, weight_v, bias, v_reset, v0, lengths,
+    variant, surrogate, alpha, backend, every, mean,
+):  # fmt: skip
     T, B, N = x.shape
     saved = torch.float16 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     return (
@@ -228,6 +249,7 @@ def _recurrence_backward(
     v_reset: Tensor,
     bits: Tensor,
     v_saved: Tensor,
+    lengths: Tensor | None,
     variant: str,
     surrogate: str,
     alpha: float,
@@ -241,24 +263,24 @@ def _recurrence_backward(
     with torch.autocast(x.device.type, enabled=False):
         how = choose_backend(backend, x)
         if how == "torch":
-            gradients = recurrence_torch.gpn_backward(*arguments, variant, *options)
+            gradients = recurrence_torch.gpn_backward(*arguments, variant, *options, lengths)
         elif how == "cpu":
             from gpn_triton.kernels import gpn_cpu
 
-            gradients = gpn_cpu.gpn_backward(*arguments, GATES[variant], *options)
+            gradients = gpn_cpu.gpn_backward(*arguments, GATES[variant], *options, lengths)
         else:
             from gpn_triton.kernels.gpn_backward import gpn_backward
 
             with torch.cuda.device_of(x):
                 plan = _plan(x, variant, every)
-                gradients = gpn_backward(*arguments, GATES[variant], *options, plan)
+                gradients = gpn_backward(*arguments, GATES[variant], *options, plan, lengths)
     g_x, *g_weights, g_v0 = gradients
     return g_x, *(v_reset.new_empty(0) if g is None else g for g in g_weights), g_v0
 
 
 @_recurrence_backward.register_fake
 def _(
-    g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, bits, v_saved,
+    g_out, g_v_final, x, weight_x, weight_v, bias, v_reset, bits, v_saved, lengths,
     variant, surrogate, alpha, backend, every, mean,
 ):  # fmt: skip
     def like(t):
@@ -268,11 +290,11 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight_x, weight_v, bias, v_reset, _, *options = inputs
+    x, weight_x, weight_v, bias, v_reset, _, lengths, *options = inputs
     _, _, v_saved, bits = output
     ctx.options = options
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight_x, weight_v, bias, v_reset, bits, v_saved)
+    ctx.save_for_backward(x, weight_x, weight_v, bias, v_reset, bits, v_saved, lengths)
 
 
 def _autograd_backward(ctx, g_out, g_v_final, _g_v_saved, _g_bits):
@@ -281,7 +303,7 @@ def _autograd_backward(ctx, g_out, g_v_final, _g_v_saved, _g_bits):
     saved = ctx.saved_tensors
     g_x, *g_weights, g_v0 = _recurrence_backward(g_out, g_v_final, *saved, *ctx.options)
     g_weights = [None if w is None else g for w, g in zip(saved[1:4], g_weights, strict=True)]
-    return g_x, *g_weights, None, g_v0, *[None] * len(ctx.options)
+    return g_x, *g_weights, None, g_v0, None, *[None] * len(ctx.options)
 
 
 _recurrence_backward.register_autograd(refuse_second("gpn", "reference.gpn_loop"))

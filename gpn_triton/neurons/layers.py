@@ -6,7 +6,9 @@ the state after the last step, as nn.LSTM does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,17 @@ from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
 from gpn_triton.neurons.lif import cuba_lif, lif
 from gpn_triton.neurons.spike_linear import PackedPair
 
+# the quiet start multiplies the gates' rows by this; see docs/results/long-sequences.md
+QUIET = 0.2
+
+
+class Gate(NamedTuple):
+    """A gate's rows of a layer's parameters: weight_x [N, N], weight_v [N, N], bias [N]."""
+
+    weight_x: Tensor
+    weight_v: Tensor
+    bias: Tensor
+
 
 class GPN(nn.Module):
     """A layer of Gated Parametric Neurons.
@@ -27,7 +40,9 @@ class GPN(nn.Module):
         hidden_size: number of neurons N.
         variant, surrogate, alpha, backend, checkpoint_every, output: as gpn().
         reset_std: deviation of v_reset, drawn once a sequence in training; 0 in evaluation.
-    Source: arXiv 2412.01087; initialised as the authors' Linear(2 N, G N).
+        time_constants: None starts as the paper does; (shortest, longest), in bins, starts
+            quietly, see reset_parameters.
+    Source: arXiv 2412.01087; the paper's start is that of the authors' Linear(2 N, G N).
     """
 
     def __init__(
@@ -40,11 +55,14 @@ class GPN(nn.Module):
         checkpoint_every: int | None = None,
         output: str = "spikes",
         reset_std: float = 0.05,
+        time_constants: tuple[float, float] | None = None,
     ):
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        check_time_constants(time_constants)
         self.hidden_size = hidden_size
+        self.time_constants = time_constants
         self.options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
         self.reset_std = reset_std
         rows = len(reference.GATES[variant]) * hidden_size
@@ -62,20 +80,46 @@ class GPN(nn.Module):
         """Which of the paper's neurons this is."""
         return self.options.variant
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N)."""
+        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N); then, with time_constants, be quiet.
+
+        The quiet start makes leaky integrators of the neurons, so that the step's Jacobian is near
+        diag(f): the forget gates' biases give time constants spread evenly over the logarithm of
+        the range, the weights of f and i are small, and the bypass is 0.
+        """
         k = (2 * self.hidden_size) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -k, k)
+        if self.time_constants is None:
+            return
+        gates = self.gates()
+        for name in gates.keys() & {"f", "i"}:
+            gates[name].weight_x.mul_(QUIET)
+            gates[name].weight_v.mul_(QUIET)
+        for parameter in gates.get("b", ()):
+            parameter.zero_()
+        if "f" in gates:
+            low, high = map(math.log, self.time_constants)
+            steps = (torch.arange(self.hidden_size, dtype=torch.float64) + 0.5) / self.hidden_size
+            decay = torch.exp(-1 / torch.exp(low + (high - low) * steps))
+            gates["f"].bias.copy_(torch.logit(decay))
+
+    def gates(self) -> dict[str, Gate]:
+        """The parameters of each gate that the variant has, as views."""
+        parts = zip(*(p.split(self.hidden_size) for p in self.parameters()), strict=True)
+        return dict(zip(reference.GATES[self.variant], map(Gate._make, parts), strict=True))
 
     def forward(
-        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run the layer.
 
         Args:
             x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
-            v_reset [B, N]: default: drawn in training, zeros in evaluation.
+            v_reset [B, N]: default: drawn in training, zeros in evaluation. lengths [B] int: see
+            gpn().
         Returns:
             spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]: a pair, which carries
             the packed spikes that gpn_packed gives, for the next layer's SpikeLinear.
@@ -84,10 +128,10 @@ class GPN(nn.Module):
         if v_reset is None:
             v_reset = self.draw(x.shape[1], x)
         weights = self.weight_x, self.weight_v, self.bias
-        spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options)
+        spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options, lengths)
         return PackedPair(spikes, v_final).carry(bits)
 
-    def gates(self, x_t: Tensor, v: Tensor) -> reference.Gates:
+    def gates_at(self, x_t: Tensor, v: Tensor) -> reference.Gates:
         """The gates of one step, of current and membrane [B, N]."""
         weights = self.weight_x, self.weight_v, self.bias
         return reference.gpn_gates(x_t, v, weights, self.variant)
@@ -100,7 +144,7 @@ class GPN(nn.Module):
         gates: in place of its own.
         """
         v = torch.zeros_like(x_t) if v is None else v
-        gates = self.gates(x_t, v) if gates is None else gates
+        gates = self.gates_at(x_t, v) if gates is None else gates
         surrogate, alpha = self.options.surrogate, self.options.alpha
         return reference.gpn_step(x_t, v, gates, torch.zeros_like(v), surrogate, alpha)
 
@@ -145,6 +189,17 @@ class GPN(nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in asdict(self.options).items())
         return f"{self.hidden_size}, {options}"
+
+
+def check_time_constants(time_constants: tuple[float, float] | None) -> None:
+    """Raise ValueError unless they are None or (shortest, longest), above 0 and finite."""
+    if time_constants is None:
+        return
+    if len(time_constants) != 2 or not 0 < time_constants[0] <= time_constants[1] < math.inf:
+        raise ValueError(
+            "time_constants: expected the shortest and the longest, above 0, got "
+            f"{tuple(time_constants)}"
+        )
 
 
 class LIF(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpn_triton.kernels.tiles import WORD, is_half, saturate
+from gpn_triton.kernels.tiles import WORD, is_half, own_steps, saturate
 from gpn_triton.neurons.reference import gpn_adjoint, gpn_loop
 
 
@@ -39,6 +39,11 @@ def unpack_spikes(bits: Tensor, start: int, stop: int, dtype: torch.dtype) -> Te
     return spikes
 
 
+def _left(lengths: Tensor | None, start: int) -> Tensor | None:
+    """How many steps of each sequence lie behind step `start`."""
+    return None if lengths is None else lengths - start
+
+
 def gpn_forward(
     x: Tensor,
     weight_x: Tensor | None,
@@ -49,14 +54,15 @@ def gpn_forward(
     variant: str,
     every: int,
     mean: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run GPN without autograd, saving what gpn_backward needs.
 
     Args:
-        x, weight_x, weight_v, bias, v_reset, v0, variant: as reference.gpn_loop. x may be a half
-            type; the weights, v_reset and v0 have the dtype the state is computed in.
+        x, weight_x, weight_v, bias, v_reset, v0, variant, lengths: as reference.gpn_loop. x may be
+            a half type; the weights, v_reset and v0 have the dtype the state is computed in.
         every: save v at t = 0, every, 2 every, ...; 0 saves nothing.
-        mean: return the mean over time of the spikes [B, N] instead of the spikes.
+        mean: return the mean over time, each sequence's own, of the spikes [B, N] instead of them.
     Returns:
         spikes [T, B, N] of x's dtype, or their mean [B, N] in the state's dtype;
         v_final [B, N]; v_saved [ceil(T / every), B, N] (half types are saved as float16);
@@ -74,14 +80,17 @@ def gpn_forward(
         part = slice(start, start + steps)
         if every:
             v_saved[start // every] = saturate(v, saved_dtype)
-        s, v = gpn_loop(x[part].to(state), weight_x, weight_v, bias, v_reset, v, variant)
+        s, v = gpn_loop(
+            x[part].to(state), weight_x, weight_v, bias, v_reset, v, variant,
+            lengths=_left(lengths, start),
+        )  # fmt: skip
         if every:
             _pack_spikes(s, start, bits)
         if mean:
             out += s.sum(0)
         else:
             out[part] = s
-    return out / T if mean else out, v, v_saved, bits
+    return out / own_steps(T, lengths) if mean else out, v, v_saved, bits
 
 
 def gpn_backward(
@@ -99,6 +108,7 @@ def gpn_backward(
     alpha: float,
     every: int,
     mean: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Backpropagate through gpn_forward.
 
@@ -115,7 +125,9 @@ def gpn_backward(
     g_x = x.new_empty(x.shape)
     g_weights = [None if w is None else torch.zeros_like(w) for w in weights]
     if g_spikes is None or mean:
-        g_s = torch.zeros_like(v_reset) if g_spikes is None else g_spikes.to(state) / T
+        g_s = torch.zeros_like(v_reset)
+        if g_spikes is not None:
+            g_s = g_spikes.to(state) / own_steps(T, lengths)
         g_spikes = g_s.expand(x.shape)
     for start in reversed(range(0, T, every)):
         part = slice(start, min(T, start + every))
@@ -123,11 +135,17 @@ def gpn_backward(
         v = [v_saved[start // every].to(state)]
         for t in range(len(x_c) - 1):
             now = slice(t, t + 1)
-            v.append(gpn_loop(x_c[now], *weights, v_reset, v[t], variant, reset_mask=s_c[now])[1])
+            v.append(
+                gpn_loop(
+                    x_c[now], *weights, v_reset, v[t], variant, reset_mask=s_c[now],
+                    lengths=_left(lengths, start + t),
+                )[1]
+            )  # fmt: skip
         cotangents = g_spikes[part].to(state), g_v
         g_x[part], *g_w, g_v = gpn_adjoint(
-            x_c, weights, torch.stack(v), s_c, cotangents, variant, surrogate, alpha
-        )
+            x_c, weights, torch.stack(v), s_c, cotangents, variant, surrogate, alpha,
+            _left(lengths, start),
+        )  # fmt: skip
         for total, g in zip(g_weights, g_w, strict=True):
             if total is not None:
                 total += g

@@ -95,6 +95,7 @@ def gpn_loop(
     surrogate: str = "atan",
     alpha: float = 2.0,
     reset_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run GPN step by step under autograd: the specification itself.
 
@@ -106,6 +107,8 @@ def gpn_loop(
         reset_mask [T, B, N]: makes the neuron smooth, as finite differences need it: neurons reset
             where the mask is 1, and the surrogate's smooth step stands in place of every spike.
             Its gradient is that of the neuron which spikes where the mask is 1.
+        lengths [B] int: steps of each sequence, 0..T. One that has ended keeps its membrane and
+            spikes no more; its x, which must be finite, does not count. None: T.
     Returns:
         spikes [T, B, N], v_final [B, N].
     """
@@ -113,7 +116,11 @@ def gpn_loop(
     for t, x_t in enumerate(x.unbind(0)):
         gates = gpn_gates(x_t, v, (weight_x, weight_v, bias), variant)
         reset = None if reset_mask is None else reset_mask[t]
-        s, _, v = gpn_step(x_t, v, gates, v_reset, surrogate, alpha, reset)
+        s, _, v_next = gpn_step(x_t, v, gates, v_reset, surrogate, alpha, reset)
+        if lengths is not None:
+            goes_on = (t < lengths)[:, None]
+            s, v_next = torch.where(goes_on, s, 0), torch.where(goes_on, v_next, v)
+        v = v_next
         spikes.append(s)
     return torch.stack(spikes), v
 
@@ -127,6 +134,7 @@ def gpn_adjoint(
     variant: str = "full",
     surrogate: str = "atan",
     alpha: float = 2.0,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Backpropagate through GPN by hand, a step at a time: the witness of every other backward.
 
@@ -137,10 +145,11 @@ def gpn_adjoint(
         g_v[t] = g_h f + weight_v^T g_z
         g_x[t] = g_h i + weight_x^T g_z
 
+    Where a sequence has ended, g_z and g_x are 0 and g_v[t] = g_v[t+1].
     Without a gate i of its own, i = 1 - f, and v - x stands for v in f's part of g_z.
 
     Args:
-        x [T, B, N], variant, surrogate, alpha: as gpn_loop had them.
+        x [T, B, N], variant, surrogate, alpha, lengths: as gpn_loop had them.
         weights: weight_x, weight_v and bias, as gpn_loop had them.
         v [T, B, N]: the membrane that every step began with. spikes [T, B, N]: 0 or 1.
         cotangents: dL/dspikes [T, B, N] and dL/dv_final [B, N].
@@ -154,7 +163,9 @@ def gpn_adjoint(
     for t in reversed(range(len(x))):
         f, i, b, theta = gpn_gates(x[t], v[t], weights, variant)
         h = f * v[t] + i * x[t]
-        g_u = g_s[t] * SURROGATES[surrogate].derivative(h - theta, alpha)
+        goes_on = 1 if lengths is None else (t < lengths).to(x.dtype)[:, None]
+        g_u = goes_on * g_s[t] * SURROGATES[surrogate].derivative(h - theta, alpha)
+        g_kept, g_v = (1 - goes_on) * g_v, goes_on * g_v
         g_h = g_v * (1 - spikes[t]) + g_u
         g_gates = {
             "f": g_h * (v[t] - x[t] if "i" not in names else v[t]) * f * (1 - f),
@@ -162,7 +173,7 @@ def gpn_adjoint(
             "b": g_v * (1 - b * b),
             "theta": -g_u * theta * (1 - theta),
         }
-        g_v, g_x[t] = g_h * f, g_h * i
+        g_v, g_x[t] = g_h * f + g_kept, g_h * i
         if names:
             g_z = torch.cat([g_gates[name] for name in names], -1)
             g_v = g_v + g_z @ weight_v

@@ -76,27 +76,81 @@ class PackedPair(namedtuple("Pair", ("spikes", "state"))):
 class SpikeLinear(nn.Linear):
     """nn.Linear for the current of a layer; it takes whatever comes before one.
 
+    Where it normalises, the current is gain scale (weight (x - centre)) + bias. centre and scale
+    are fixed once, from data (set_statistics), and gain is learned, 1 at first. All ride on the
+    weights and on the bias, so that no pass over [T, B, out_features] is added, no statistics of a
+    batch are taken, and each input's current depends on that input alone.
+
     Args:
-        in_features, out_features: as nn.Linear. backend: as spike_linear.
+        in_features, out_features: as nn.Linear. backend: as spike_linear. normalises: whether it
+            has the parameter gain [out_features] and the buffers centre [in_features] and
+            scale [out_features].
     """
 
-    def __init__(self, in_features: int, out_features: int, backend: str = "auto"):
+    def __init__(
+        self, in_features: int, out_features: int, backend: str = "auto", normalises: bool = False
+    ):
         super().__init__(in_features, out_features)
         check_choice("backend", backend, BACKENDS)
         self.backend = backend
+        gain = nn.Parameter(torch.ones(out_features)) if normalises else None
+        self.register_parameter("gain", gain)
+        self.register_buffer("centre", torch.zeros(in_features) if normalises else None)
+        self.register_buffer("scale", torch.ones(out_features) if normalises else None)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """weight [out_features, in_features] and bias [out_features] of the Linear that this is."""
+        if self.gain is None:
+            return self.weight, self.bias
+        weight = self.weight * (self.gain * self.scale)[:, None]
+        # a product would round to autocast's dtype
+        return weight, self.bias - (weight * self.centre).sum(1)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Become that Linear: what is computed stays the same, and nothing normalises."""
+        weight, bias = self.folded()
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        self.register_parameter("gain", None)
+        self.centre = self.scale = None
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Normalise by what the inputs are now.
+
+        Args:
+            mean [in_features]: of the inputs. variance [out_features]: of the current as it is. A
+                neuron whose current does not vary keeps its scale.
+        """
+        # the factor is chosen without waiting for the device
+        factor = torch.where(variance > 1e-12, variance, 1).rsqrt()
+        self.scale.mul_(factor)
+        self.centre.copy_(mean)
+        self.bias.zero_()
+
+    @torch.no_grad()
+    def scale_events(self, ratio: float) -> None:
+        """Take inputs that are ratio times as large as before for the same."""
+        if self.gain is None:
+            self.weight.div_(ratio)
+        else:
+            self.scale.div_(ratio)
+            self.centre.mul_(ratio)
 
     def forward(self, x: Tensor | Cells | Spikes) -> Tensor:
         """x [T, B, in_features], dense, as events or as spikes -> [T, B, out_features]."""
+        weight, bias = self.folded()
         if isinstance(x, Cells):
-            return event_linear(x, self.weight, self.bias)
+            return event_linear(x, weight, bias)
         if isinstance(x, Spikes):
             if x.bits is not None and self._unchanged(x):
-                return spike_linear(*x[:3], self.weight, self.bias, self.backend)
+                return spike_linear(*x[:3], weight, bias, self.backend)
             x = x.dense()
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [T, B, {self.in_features}], got {list(x.shape)}")
         check_fits(x, self.weight)
-        return super().forward(x)
+        return F.linear(x, weight, bias)
 
     def _unchanged(self, x: Spikes) -> bool:
         """Whether no hook has changed the values since they were packed; torch.compile, which

@@ -1,5 +1,6 @@
 """What options ask for: the network, how events are binned, how they are augmented."""
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,35 @@ def network_arguments(cfg: TrainConfig, channels: int, classes: int) -> dict[str
         "hidden", "neuron", "dropout", "readout", "time_bins", "surrogate", "alpha", "backend",
         "checkpoint_every",
     )  # fmt: skip
-    return {**{k: getattr(cfg, k) for k in names}, "inputs": channels, "classes": classes}
+    found = {**{k: getattr(cfg, k) for k in names}, "inputs": channels, "classes": classes}
+    found["time_constants"] = start_constants(cfg)
+    if cfg.checkpoint_every == "auto":
+        found["checkpoint_every"] = max(
+            math.isqrt(min(cfg.time_bins, cfg.tbptt or cfg.time_bins)), 1
+        )
+    return found
+
+
+def start_constants(cfg: TrainConfig) -> tuple[float, float] | None:
+    """A quiet start's shortest and longest time constant, in bins; None: it is the paper's start.
+
+    Where --time-constants does not say, they reach from an 80th of the window, but half a bin at
+    least, to half of it: 12 ms to 0.5 s of a second. An LSTM has none unless they are given.
+    """
+    if cfg.init == "paper" or (cfg.neuron == "lstm" and cfg.time_constants is None):
+        return None
+    bins = cfg.time_bins
+    if cfg.time_constants is None:
+        return max(bins / 80, 0.5), max(bins / 2, 0.5)
+    shortest, longest = (seconds * bins / cfg.max_time for seconds in cfg.time_constants)
+    return shortest, longest
+
+
+def clip_norm(cfg: TrainConfig) -> float:
+    """The norm down to which gradients are clipped; 0: they are not."""
+    if cfg.clip_grad is not None:
+        return cfg.clip_grad
+    return 0.0 if cfg.init == "paper" else 0.5
 
 
 def build_model(cfg: TrainConfig, channels: int, classes: int) -> SpikingClassifier:

@@ -13,7 +13,7 @@ HEALTH = {
 }
 
 
-def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
+def draw_curves(path: Path, epochs: list[Epoch], best: int, title: str) -> None:
     """Write the curves of a run as a PNG.
 
     Args:
@@ -24,7 +24,7 @@ def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
     figure, panels = new_figure(2, 3)
     loss, accuracy, *health = panels.flat
     for axes, key, scale, label in (
-        (loss, "loss", 1, "cross-entropy"),
+        (loss, "loss", 1, "loss"),
         (accuracy, "accuracy", 100, "accuracy, %"),
     ):
         for split in ("train", "valid"):
@@ -45,7 +45,6 @@ def draw_curves(path: Path, epochs: list[Epoch], title: str) -> None:
         axes.set_ylim(bottom=0)
         if axes.lines:
             axes.legend(frameon=False)
-    best = max(epochs, key=lambda epoch: (epoch.valid_accuracy, -epoch.valid_loss))
-    accuracy.axvline(best.epoch, color="0.6", linewidth=0.8, linestyle=":")
+    accuracy.axvline(best, color="0.6", linewidth=0.8, linestyle=":")
     figure.suptitle(title, fontsize=10)
     save_figure(path, figure)

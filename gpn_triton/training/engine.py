@@ -1,23 +1,29 @@
 """A network in training: batches of sample numbers in, updated weights and running totals out."""
 
+from __future__ import annotations
+
 import functools
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
+from torch.utils._pytree import tree_map_only
 
 from gpn_triton.data.augmentation import Augmentation
-from gpn_triton.data.binning import batch_input
+from gpn_triton.data.binning import Steps, batch_input
+from gpn_triton.data.dense import DeviceDense
 from gpn_triton.data.events import DeviceEvents
 from gpn_triton.data.feed import Feed
 from gpn_triton.machine.distributed import ALONE, Exchange, World
 from gpn_triton.machine.graphs import Graphs
 from gpn_triton.neurons.event_linear import Cells
-from gpn_triton.neurons.networks import NEURONS, Draws, SpikingClassifier
-from gpn_triton.training.build import amp_dtype, build_augmentation, build_binning
+from gpn_triton.neurons.networks import NEURONS, Draws, SpikingClassifier, StreamState
+from gpn_triton.training.build import amp_dtype, build_augmentation, build_binning, clip_norm
 from gpn_triton.training.objective import Means, blank_totals, loss_and_totals, means
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.schedule import Schedule
@@ -25,6 +31,37 @@ from gpn_triton.training.schedule import Schedule
 
 class NonFiniteError(ArithmeticError):
     """A loss or a gradient is not a finite number; names the step and the parameters."""
+
+
+@dataclass
+class Sequences:
+    """A batch of sequences that is worked off piece by piece (--tbptt).
+
+    draws: the batch's. done: pieces behind. states: of each part of the batch, see --accumulate;
+    None before its first piece. activity [layers] float64: of the pieces behind, summed over bins
+    and samples. indices [B]: where the feed has the samples; None where another process, since
+    stopped, asked it.
+    """
+
+    draws: list[Draws]
+    done: int
+    states: list[StreamState | None]
+    activity: Tensor
+    indices: Tensor | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the indices, in plain containers."""
+        states = [s and (s.neurons, s.readout, s.steps) for s in self.states]
+        draws = [tuple(drawn) for drawn in self.draws]
+        return {"draws": draws, "done": self.done, "states": states, "activity": self.activity}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> Sequences:
+        """The inverse of state_dict, on a device."""
+        state = tree_map_only(Tensor, lambda tensor: tensor.to(device), state)
+        states = [s and StreamState(*s) for s in state["states"]]
+        draws = [Draws(*drawn) for drawn in state["draws"]]
+        return cls(draws, state["done"], states, state["activity"], None)
 
 
 class Engine:
@@ -37,6 +74,10 @@ class Engine:
     not finite the update is left out on the device, without waiting for it, and `check` tells of
     it; under fp16 the scaler does so, and only the loss counts.
 
+    With --tbptt a training step is one piece of a batch's sequences, which the next steps go on
+    with: its loss is that of what the network says by then, and no gradient leaves the piece. What
+    is logged of a sequence is what the network says at its end.
+
     Args:
         cfg: the configuration. model: on `device` already. device: where everything happens.
         world: the processes that train together.
@@ -44,6 +85,9 @@ class Engine:
         totals [3 + neurons] float64: this process's sums over the epoch's training samples so far;
             see objective. norms [2 + layers] float64: how many of the epoch's steps were made, and
             the sums over them of each layer's and the readout's gradient norm.
+        pieces: the time bins of each piece, of which there is one without --tbptt.
+    Raises:
+        ValueError: several processes with --tbptt.
     """
 
     def __init__(
@@ -51,7 +95,13 @@ class Engine:
     ):
         self.cfg, self.model, self.device, self.world = cfg, model, device, world
         self.amp, cuda = amp_dtype(cfg, device), device.type == "cuda"
-        self.graphs = Graphs(device, cuda and not cfg.no_graph)
+        T = cfg.time_bins
+        K = min(cfg.tbptt or T, T)
+        self.pieces = [(first, min(first + K, T)) for first in range(0, T, K)]
+        if len(self.pieces) > 1 and world.size > 1:
+            raise ValueError(f"tbptt: expected one process, got {world.size}")
+        self.sequences: Sequences | None = None
+        self.graphs = Graphs(device, cuda and not cfg.no_graph and len(self.pieces) == 1)
         self.schedule = Schedule(cfg)
         # numbers that change from step to step live on the device, where a replay finds them: an
         # epoch's learning rates, and which of them is next
@@ -89,7 +139,7 @@ class Engine:
         return Exchange(self.model, self.world)
 
     def _forward(
-        self, model: nn.Module, events: DeviceEvents, indices: Tensor,
+        self, model: nn.Module, events: DeviceEvents | DeviceDense, indices: Tensor,
         draws: list[Draws] | None, weight: int, augmentation: Augmentation | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The loss summed over samples, and what they add to the running totals."""
@@ -101,29 +151,67 @@ class Engine:
                 logits, activity = model(x, draws, by_neuron=True)
             return loss_and_totals(logits, labels, activity, weight)
 
+    def _advance(
+        self, events: DeviceEvents | DeviceDense, indices: Tensor, draws: list[Draws] | None,
+        state: StreamState | None, steps: Steps, augmentation: Augmentation | None = None,
+    ) -> tuple[Tensor, Tensor, StreamState]:  # fmt: skip
+        """A piece of some samples: logits after it, its activity, the state after it."""
+        with record_function("data"):
+            x = self._input(events, indices, augmentation, steps)
+        with (
+            record_function("forward"),
+            torch.autocast(self.device.type, self.amp, enabled=self.amp is not None),
+        ):
+            return self.model.advance(x, draws, state, by_neuron=True)
+
     def _input(
-        self, events: DeviceEvents, indices: Tensor, augmentation: Augmentation | None
-    ) -> Tensor | Cells:
+        self, events: DeviceEvents | DeviceDense, indices: Tensor,
+        augmentation: Augmentation | None, steps: Steps = None,
+    ) -> Tensor | Cells:  # fmt: skip
         """Samples in the form that the network takes soonest."""
         sparse = self.amp is None and NEURONS[self.cfg.neuron].sparse_input
-        return batch_input(events, indices, self.binning, augmentation, self.key, sparse)
+        return batch_input(events, indices, self.binning, augmentation, self.key, sparse, steps)
+
+    def normalise(self, feed: Feed, seed: int) -> None:
+        """Normalise the network's currents, where it starts quietly, by its first training batch.
+
+        Args:
+            feed: the training samples. seed: as start_epoch.
+        """
+        size = min(self.cfg.batch_size, len(feed))
+
+        def batch():
+            self.start_epoch(feed, seed, 0)
+            feed.ahead(size)
+            for part in feed.batch(size).chunk(self.cfg.accumulate * self.world.size):
+                yield self._in_pieces(feed.events, part)
+
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            self.model.normalise(batch)
+
+    def _in_pieces(
+        self, events: DeviceEvents | DeviceDense, indices: Tensor
+    ) -> Iterator[Tensor | Cells]:
+        """Some training samples piece by piece, augmented."""
+        for steps in self.pieces if len(self.pieces) > 1 else [None]:
+            yield self._input(events, indices, self.augmentation, steps)
 
     def start_epoch(self, feed: Feed, seed: int, epoch: int, step: int = 0) -> None:
         """Make ready for an epoch's training steps, each on the next samples of a random order.
 
         Args:
             feed: the training samples. seed, epoch: what the order, the augmentation and the
-                learning rate depend on. step: how many steps are done already; the totals are of
-                these steps, so 0 zeroes them.
+                learning rate depend on. step: how many steps are done already, of which each
+                batch has one a piece; the totals are of these steps, so 0 zeroes them.
         """
         if step == 0:
             self.totals.zero_()
             self.norms.zero_()
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(feed), generator=generator, device=self.device)
-        size = self.cfg.batch_size
-        feed.start(order, min(step * size, len(feed)), size)
-        steps = -(-len(feed) // size)
+        size, pieces = self.cfg.batch_size, len(self.pieces)
+        feed.start(order, min(step // pieces * size, len(feed)), size)
+        steps = -(-len(feed) // size) * pieces
         self.key.copy_(torch.tensor([seed, epoch]))
         rates = self.schedule.rates(epoch, steps)
         # a graph reads the tensor it was made with, so that a set of another size has another
@@ -132,11 +220,14 @@ class Engine:
         self.step.fill_(step)
 
     def train_step(self, feed: Feed, size: int) -> None:
-        """Update the network on the feed's next samples.
+        """Update the network on the feed's next samples, or on the next piece of the last ones.
 
         Args:
             feed: the training samples, after start_epoch. size: how many, on all processes.
         """
+        if len(self.pieces) > 1:
+            self._train_piece(feed, size)
+            return
         feed.ahead(size)
         if size not in self.shares:
             # a sample's share in the batch's mean; a capture takes no number from the host
@@ -151,6 +242,38 @@ class Engine:
             exchange.add_up()
             self.graphs.run(("update", self.steps), lambda: self._update(exchange.scatter()))
 
+    def _train_piece(self, feed: Feed, size: int) -> None:
+        parts = min(self.cfg.accumulate, size)
+        now = self.sequences
+        if now is None:
+            activity = torch.zeros_like(self.totals[3:])
+            now = Sequences(self.model.draw(size), 0, [None] * parts, activity, None)
+            self.sequences = now
+        if now.indices is None:
+            feed.ahead(size)
+            now.indices = feed.batch(size)
+        steps, last = self.pieces[now.done], now.done == len(self.pieces) - 1
+        mean_loss, edges = torch.zeros((), device=self.device), _edges(size, parts)
+        for part, (a, b) in enumerate(edges):
+            rows, indices = [drawn.part(a, b) for drawn in now.draws], now.indices[a:b]
+            logits, activity, state = self._advance(
+                feed.events, indices, rows, now.states[part], steps, self.augmentation
+            )
+            now.states[part] = state.detach()
+            now.activity += activity * ((steps[1] - steps[0]) * (b - a))
+            labels = feed.events.labels.index_select(0, indices)
+            loss, totals = loss_and_totals(logits, labels, torch.zeros_like(activity), 1)
+            with record_function("backward"):
+                self.scaler.scale(loss / size).backward()
+            mean_loss += loss.detach() / size
+            if last:
+                self.totals += totals
+        now.done += 1
+        if last:
+            self.totals[3:] += now.activity / self.cfg.time_bins
+            self.sequences = None
+        self._update(mean_loss)
+
     def _backward(self, feed: Feed, size: int) -> Tensor:
         """Leave the gradients of the batch's mean loss in the parameters; returns the loss.
 
@@ -159,9 +282,7 @@ class Engine:
         share, first, weight = self.world.part(feed.batch(size))
         draws = self.model.draw(size)
         losses, count = [], len(share)
-        parts = min(self.cfg.accumulate, count)
-        edges = [count * k // parts for k in range(parts + 1)]
-        for a, b in pairwise(edges):
+        for a, b in _edges(count, min(self.cfg.accumulate, count)):
             rows = [drawn.part(first + a, first + b) for drawn in draws]
             loss, totals = self._forward(
                 self.model, feed.events, share[a:b], rows, weight, self.augmentation
@@ -177,9 +298,9 @@ class Engine:
         """Change the weights by the gradients that are there, and let go of these."""
         self.scaler.unscale_(self.optimizer)
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters()]))
-        if self.cfg.clip_grad is not None:
+        if norm := clip_norm(self.cfg):
             whole = torch.linalg.vector_norm(norms)
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.clip_grad, whole)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), norm, whole)
         self._watch(mean_loss, norms)
         torch.index_select(self.rates[self.steps], 0, self.step, out=self.rate)
         self.step += 1
@@ -250,7 +371,15 @@ class Engine:
 
     def _evaluate(self, feed: Feed, size: int) -> None:
         share, _, weight = self.world.part(feed.batch(size))
-        self.evaluated += self._forward(self.model, feed.events, share, None, weight)[1]
+        if len(self.pieces) == 1:
+            self.evaluated += self._forward(self.model, feed.events, share, None, weight)[1]
+            return
+        state, activity = None, 0.0
+        for steps in self.pieces:
+            logits, found, state = self._advance(feed.events, share, None, state, steps)
+            activity += found * ((steps[1] - steps[0]) / self.cfg.time_bins)
+        labels = feed.events.labels.index_select(0, share)
+        self.evaluated += loss_and_totals(logits, labels, activity, 1)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while training, random states included."""
@@ -263,6 +392,7 @@ class Engine:
             "bad_steps": self.bad_steps.cpu(),
             "totals": self.world.sum(self.totals).cpu(),
             "norms": self.norms.cpu(),
+            "sequences": self.sequences and self.sequences.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -289,6 +419,14 @@ class Engine:
         self.totals.copy_(totals if self.world.is_writer else torch.zeros(()))
         if "norms" in state:
             self.norms.copy_(state["norms"])
+        # a run from before there was --tbptt has none
+        sequences = state.get("sequences")
+        self.sequences = sequences and Sequences.of(sequences, self.device)
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+
+def _edges(count: int, parts: int) -> list[tuple[int, int]]:
+    """Where a batch of `count` samples is cut into parts."""
+    return list(pairwise(count * k // parts for k in range(parts + 1)))

@@ -81,7 +81,7 @@ def run_experiment(cfg: TrainConfig) -> None:
             if isinstance(error, KeyboardInterrupt) and not removed:
                 raise KeyboardInterrupt(run_folder.how_to_go_on(run)) from None
             raise
-        world.say(_summary(cfg, results, run))
+        world.say(_summary(cfg, results, run, splits.learns_number))
 
 
 def _begin(cfg: TrainConfig) -> Path:
@@ -129,12 +129,13 @@ def train_seeds(
             world.say(f"seed {seed}")
         results.append(Run(cfg, seed, folder, splits, device, world).train())
         if several:
-            world.say(f"test accuracy {100 * results[-1]['test_accuracy']:.2f} %  {folder}")
+            world.say(f"{_outcome(results[-1:], splits.learns_number)}  {folder}")
     if several and world.is_writer:
         accuracies = [result["test_accuracy"] for result in results]
         summary = {
             "test_accuracy": statistics.mean(accuracies),
             "test_accuracy_deviation": statistics.stdev(accuracies),
+            "test_loss": statistics.mean(result["test_loss"] for result in results),
             "seeds": [result["seed"] for result in results],
             "results": results,
         }
@@ -156,14 +157,27 @@ def _take_test_file(cfg: TrainConfig, run: Path, folders: list[Path]) -> None:
     run_folder.write_json(run / run_folder.CONFIG, {**there, "test_file": cfg.test_file})
 
 
-def _summary(cfg: TrainConfig, results: list[dict[str, Any]], run: Path) -> str:
+def _outcome(results: list[dict[str, Any]], learns_number: bool) -> str:
+    """The test's accuracy, or its mean squared error, over seeds."""
+
+    def mean(name: str, digits: int, factor: float = 1) -> str:
+        values = [factor * result[name] for result in results]
+        spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    if learns_number:
+        return f"test squared error {mean('test_loss', 5)}"
+    return f"test accuracy {mean('test_accuracy', 2, 100)} %"
+
+
+def _summary(
+    cfg: TrainConfig, results: list[dict[str, Any]], run: Path, learns_number: bool
+) -> str:
     """One line to paste into an appendix."""
-    accuracies = [100 * result["test_accuracy"] for result in results]
-    spread = f" +- {statistics.stdev(accuracies):.2f}" if len(results) > 1 else ""
     last = results[-1]
     return (
-        f"{cfg.neuron} {'-'.join(map(str, cfg.hidden))}, T={cfg.time_bins}: test accuracy "
-        f"{statistics.mean(accuracies):.2f}{spread} % ({len(results)} seed"
+        f"{cfg.neuron} {'-'.join(map(str, cfg.hidden))}, T={cfg.time_bins}: "
+        f"{_outcome(results, learns_number)} ({len(results)} seed"
         f"{'s' * (len(results) > 1)}), {last['parameters']} parameters, "
         f"{sum(r['seconds'] for r in results):.0f} s on {last['processes']} x {last['device']}, "
         f"commit {(last['commit'] or 'unknown')[:12]}, {run}"

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 # a neuron that spikes in so many of the steps is called saturated
 SATURATED = 0.95
+# a number is learned where the network says it within this; Hochreiter and Schmidhuber, 1997
+NEAR = 0.04
 # the metrics that are lists, a number a layer
 BY_LAYER = ("activity", "dead", "saturated", "gradient_norm")
 
@@ -19,9 +21,10 @@ BY_LAYER = ("activity", "dead", "saturated", "gradient_norm")
 class Means:
     """A set's metrics, over its samples.
 
-    loss: cross-entropy. accuracy: share of right answers, 0..1. activity: each hidden layer's mean
-    output, spikes a neuron and step for spiking neurons. dead, saturated: each hidden layer's share
-    of neurons that never spike, and of those that spike in SATURATED of the steps or more.
+    loss: cross-entropy; of a number to learn the squared error. accuracy: share of right answers,
+    0..1; of a number of those within NEAR. activity: each hidden layer's mean output, spikes a
+    neuron and step for spiking neurons. dead, saturated: each hidden layer's share of neurons that
+    never spike, and of those that spike in SATURATED of the steps or more.
     """
 
     loss: float
@@ -103,14 +106,20 @@ def loss_and_totals(
     """The loss of some samples, and what they add to the running totals.
 
     Args:
-        logits [B, classes]. labels [B] int64. activity [neurons]: each neuron's mean over them.
+        logits [B, classes]. labels [B] int64; or float32, a number to learn, with 1 logit.
+        activity [neurons]: each neuron's mean over them.
         weight: 1; or 0 for samples that only stand in.
     Returns:
         the cross-entropy's sum over samples; the addition [3 + neurons], in blank_totals' order.
     """
     logits = logits.float()
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    correct = (logits.argmax(1) == labels).sum(dtype=loss.dtype)
+    if labels.is_floating_point():
+        error = logits.squeeze(1) - labels
+        loss, correct = error.square().sum(), error.abs() <= NEAR
+    else:
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        correct = logits.argmax(1) == labels
+    correct = correct.sum(dtype=loss.dtype)
     ones = activity.new_full((1,), len(labels))
     totals = torch.cat([loss.detach()[None], correct[None], ones, activity * len(labels)])
     return (loss, totals) if weight else (loss * 0, totals * 0)

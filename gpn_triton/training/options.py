@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from gpn_triton.data.binning import OVERFLOWS, STYLES, Augmentation, BinningConfig
-from gpn_triton.data.datasets import DATASETS
+from gpn_triton.data.datasets import DATASETS, DENSE, MADE
 from gpn_triton.data.hold_out import METHODS
+from gpn_triton.data.sources.images import PIXELS
 from gpn_triton.machine.device import BACKENDS
 from gpn_triton.neurons.networks import NEURONS, READOUTS
 from gpn_triton.neurons.surrogate import SURROGATES
@@ -24,6 +25,8 @@ AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the options that name a run to take up again, which then brings its own options
 TAKE_UP = ("resume", "eval_only")
 
+
+INITS = ("quiet", "paper")
 
 # what a number must be, as a test and in words
 FROM_0 = (lambda v: v >= 0), "0 or more"
@@ -44,7 +47,8 @@ def option(group: str, default: Any, help: str, **more: Any) -> Any:
         more: newcomer: --help shows it, not --help-all alone. result=False: no result depends on
             it, or only by the order of float sums. beside: those of TAKE_UP beside which it may be
             given. before: the value that runs had before there was the option, if not the default.
-            choices, check: what fits. shown: the default in words, where it is no single one.
+            choices, check: what fits. words: what fits beside numbers. shown: the default in words,
+            where it is no single one.
             sets: the field of BinningConfig or Augmentation that it sets, as (class, name).
             metavar, nargs, const: as argparse.
     """
@@ -83,6 +87,10 @@ class TrainConfig:
     resume: str | None = option("Run", None, newcomer=True, result=False, metavar="RUN",
         help="Goes on with an interrupted run, to the same bits; 'auto' takes the newest "
         "unfinished one under --out.")
+    init_from: str | None = option("Run", None, metavar="RUN",
+        help="Starts from a finished run's best weights instead of drawing them, with its network "
+        "and its binning; on other bins (--time-bins, --max-time) its decays are converted to the "
+        "new time step, so that training goes on at fine bins where it began at coarse ones.")
     eval_only: str | None = option("Run", None, result=False, metavar="RUN",
         help="Trains nothing and evaluates a run's best weights on its test set; 'auto' takes the "
         "newest finished run under --out.")
@@ -126,16 +134,22 @@ class TrainConfig:
         help="Names the test data that belong to --train-file, read once at the end; without it a "
         "part of the training data is held out. An unfinished run may be given another.")
     data_dir: str = option("Data", "data", result=False, beside=TAKE_UP, metavar="DIR",
-        help="Names the folder where the files of shd and ssc lie.")
+        help="Names the folder where the files of shd, ssc and mnist lie.")
     cache_dir: str | None = option("Data", None, result=False, beside=TAKE_UP, metavar="DIR",
         help="Names the folder where parsed files are cached; without it each cache lies beside "
         "its file.")
     download: bool = option("Data", False, newcomer=True, result=False, beside=TAKE_UP,
-        help="Downloads the files of shd or ssc that are missing.")
+        help="Downloads the files of shd, ssc or mnist that are missing.")
     samples: int = option("Data", 2000, check=FROM_1, metavar="K",
-        help="Sets how many training samples are made for --dataset synthetic.")
+        help=f"Sets how many training samples are made for --dataset {', '.join(MADE)}.")
     classes: int = option("Data", 20, check=WORDS, metavar="K",
-        help="Sets how many words --dataset synthetic has, from 2 to 1980.")
+        shown="20; 10 for recall",
+        help="Sets how many words --dataset synthetic has, or symbols recall, from 2 to 1980.")
+    permuted: bool = option("Data", False,
+        help=f"Puts the pixels of {', '.join(PIXELS)} in one random order.")
+    add_pairs: bool = option("Data", False,
+        help="Puts each sample and another one in sequence, each in half of --max-time, and has "
+        "the sum of their labels learned; of events of any source.")
     event_mib: int | None = option("Data", None, result=False, beside=TAKE_UP, check=FROM_1,
         metavar="MIB",
         help="Limits the device memory for a set's events, in MiB; a larger set is streamed from "
@@ -147,6 +161,7 @@ class TrainConfig:
         help="Sets the share of the training data that is held out.")
 
     time_bins: int = _sets(BinningConfig, "time_bins", default=25, metavar="T",
+        shown="25; 64 for digits, 784 for mnist, 100 for recall and adding",
         help="Sets the number T of time bins of a sequence.")
     max_time: float = _sets(BinningConfig, "max_time", metavar="SECONDS",
         help="Sets how much of each sample is used, in seconds from its start.")
@@ -160,7 +175,7 @@ class TrainConfig:
         "authors' pipeline, which loses the last bin and one channel (authors).")
 
     channel_shift: int = _sets(Augmentation, "channel_shift", default=10, metavar="K",
-        shown="10 for synthetic, shd and ssc; 0 for your own files and beside a preset",
+        shown="10 for synthetic, shd and ssc; 0 for other data and beside a preset",
         help="Shifts each training sample by up to so many channels either way, which helps where "
         "channels are places on a membrane, and does harm where each means something of its own.")
     time_stretch: float = _sets(Augmentation, "time_stretch", metavar="F",
@@ -177,19 +192,31 @@ class TrainConfig:
     neuron: str = option("Network", "gpn", newcomer=True, choices=NEURONS, metavar="NAME",
         help=f"Chooses the kind of neuron: {', '.join(NEURONS)}.")
     dropout: float = option("Network", 0.5, check=SHARE, metavar="P",
+        shown="0.5; 0 for the long tasks",
         help="Silences this share of each hidden layer in training; which neurons is drawn once "
         "for each sample and held over its time.")
     readout: str = option("Network", "mean", choices=READOUTS,
-        help="Chooses the logits that classify a sample: their mean over time, or those of the "
-        "last bin.")
+        shown="mean; last for recall; membrane for adding",
+        help="Chooses the logits that classify a sample: their mean over time, those of the last "
+        "bin, or those that see the spikes' mean over time and the last bin's membrane.")
     surrogate: str = option("Network", "atan", choices=SURROGATES,
         help="Chooses the surrogate gradient, which stands in for the derivative of a spike.")
     alpha: float = option("Network", 2.0, check=ABOVE_0, metavar="A",
         help="Sets how narrow the surrogate gradient is about the threshold; a larger value is "
         "narrower and steeper.")
-    checkpoint_every: int | None = option("Network", None, check=FROM_1, metavar="K",
+    init: str = option("Network", "quiet", choices=INITS, before="paper",
+        help="Chooses how the weights start: quiet, which learns long sequences and fine bins (GPN "
+        "neurons as leaky integrators, and currents normalised to the data), or as the paper's "
+        "(paper).")
+    time_constants: tuple[float, ...] | None = option("Network", None, check=ABOVE_0,
+        metavar="SECONDS", shown="1/80 of --max-time, but half a bin at least, to half of it",
+        help="Sets the shortest and the longest time constant that the neurons of --init quiet "
+        "start with, in seconds, spread evenly over the logarithm; an LSTM gets chrono biases.")
+    checkpoint_every: int | str | None = option("Network", None, check=FROM_1, metavar="K",
+        words=("auto",),
         help="Saves the membrane potential of every K-th step only and recomputes the others in "
-        "the backward pass: less memory, more time.")
+        "the backward pass: less memory, more time; auto takes the square root of T, which saves "
+        "and recomputes the fewest at once.")
 
     epochs: int = option("Optimisation", 20, newcomer=True, check=FROM_1, metavar="E",
         help="Sets how often training goes through the data.")
@@ -198,6 +225,10 @@ class TrainConfig:
     accumulate: int = option("Optimisation", 1, result=False, beside=TAKE_UP, check=FROM_1,
         metavar="K",
         help="Works each batch off in K parts, one after the other, which takes less memory.")
+    tbptt: int | None = option("Optimisation", None, check=FROM_1, metavar="K",
+        help="Truncates backpropagation through time: takes sequences K bins at a time, carries "
+        "the state from each piece to the next, and updates the weights after each by what the "
+        "network says by then. Memory goes with K, not T; on a GPU steps are not captured.")
     lr: float = option("Optimisation", 1e-3, newcomer=True, check=ABOVE_0, metavar="RATE",
         help="Sets Adam's learning rate.")
     lr_batch_size: int | None = option("Optimisation", None, check=FROM_1, metavar="B",
@@ -210,8 +241,9 @@ class TrainConfig:
         "at all (constant), or times 0.75 after 3 epochs without a lower training loss (plateau).")
     warmup_epochs: int = option("Optimisation", 0, check=FROM_0, metavar="E",
         help="Lets the learning rate rise step by step over the first E epochs.")
-    clip_grad: float | None = option("Optimisation", None, check=ABOVE_0, metavar="NORM",
-        help="Scales the gradient down where its norm is larger than this.")
+    clip_grad: float | None = option("Optimisation", None, check=FROM_0, metavar="NORM",
+        shown="0.5 with --init quiet, 0 with paper",
+        help="Scales the gradient down where its norm is larger than this; 0 never does.")
     # fmt: on
 
     def __post_init__(self):
@@ -229,9 +261,22 @@ class TrainConfig:
             ("accumulate", self.accumulate <= batch, f"at most batch_size ({batch})"),
             ("warmup_epochs", self.warmup_epochs < epochs, f"fewer than epochs ({epochs})"),
             ("dataset", named, f"{', '.join(DATASETS)} or a file ending in .h5, or a folder"),
+            ("permuted", not self.permuted or self.made in PIXELS, f"one of {', '.join(PIXELS)}"),
+            ("add_pairs", not self.add_pairs or self.made in (None, "synthetic"), "events"),
+            ("tbptt", not (self.tbptt and NEURONS[self.neuron].needs_time_bins),
+             f"a neuron that streams, {self.neuron} sees all bins at once"),
+            ("time_constants", _is_range(self.time_constants), "the shortest and the longest"),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")
+        if self.made in DENSE:
+            for f in OPTIONS:
+                kind, part = f.metadata.get("sets", (None, "time_bins"))
+                if part != "time_bins" and getattr(self, f.name) != getattr(kind, part):
+                    raise ValueError(
+                        f"{f.name}: has no effect on the real-valued inputs of {self.made}: "
+                        f"expected {getattr(kind, part)}, got {_short(getattr(self, f.name))}"
+                    )
         for kind in (BinningConfig, Augmentation):
             try:
                 kind(**self.settings(kind))
@@ -240,6 +285,12 @@ class TrainConfig:
                 part, _, rest = str(error).partition(": ")
                 names = {f.metadata.get("sets"): f.name for f in OPTIONS}
                 raise ValueError(f"{names.get((kind, part), part)}: {rest}") from None
+
+    @property
+    def made(self) -> str | None:
+        """The --dataset where that is neither a file nor shd or ssc; None where it is."""
+        named = self.train_file is None and self.dataset in (*MADE, *PIXELS)
+        return self.dataset if named else None
 
     def settings(self, kind: type) -> dict[str, Any]:
         """The arguments of BinningConfig or Augmentation that options set."""
@@ -252,6 +303,11 @@ class TrainConfig:
 
 
 OPTIONS: tuple[dataclasses.Field, ...] = dataclasses.fields(TrainConfig)
+# what a run that starts from another one's weights takes over from it
+NETWORK_OPTIONS = tuple(
+    f.name for f in OPTIONS
+    if f.metadata["group"] == "Network" or f.metadata.get("sets", (None,))[0] is BinningConfig
+)  # fmt: skip
 RESULT_OPTIONS = tuple(f.name for f in OPTIONS if f.metadata["result"])
 
 
@@ -286,7 +342,7 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 def _check_value(f: dataclasses.Field, value: Any) -> None:
     """Raise ValueError unless a value, from a file or a caller, fits a field."""
-    if value is None and "None" in f.type:
+    if (value is None and "None" in f.type) or value in f.metadata.get("words", ()):
         return
     choices, (test, expected) = f.metadata.get("choices"), f.metadata.get("check", (bool, None))
     values = value if isinstance(value, tuple) else (value,)
@@ -296,17 +352,27 @@ def _check_value(f: dataclasses.Field, value: Any) -> None:
     kind = f.type.split(" | ")[0]
     fits = {
         "int": _is_int(value),
-        "float": _is_int(value) or (isinstance(value, float) and math.isfinite(value)),
+        "float": _is_number(value),
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
         "tuple[int, ...]": isinstance(value, tuple) and value and all(map(_is_int, value)),
+        "tuple[float, ...]": isinstance(value, tuple) and all(map(_is_number, value)),
         "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(v, str) for v in value),
     }[kind]
     if not fits:
-        kind = "whole numbers" if kind == "tuple[int, ...]" else kind
+        kind = {"tuple[int, ...]": "whole numbers", "tuple[float, ...]": "numbers"}.get(kind, kind)
         raise ValueError(f"{f.name}: expected {kind}, got {_short(value)}")
     if expected and not all(map(test, values)):
         raise ValueError(f"{f.name}: expected {expected}, got {_short(value)}")
+
+
+def _is_range(values: tuple[float, ...] | None) -> bool:
+    """Whether values are two, the first not the larger; or None."""
+    return values is None or (len(values) == 2 and values[0] <= values[1])
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_int(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The command line of the training command, and what the parsers of all commands have in common.
 
-An option's value comes from, later ones winning: its default, the preset, the --config file, the
-flag.
+An option's value comes from, later ones winning: its default, what a long task by --dataset puts in
+its place, the preset, the --config file, the flag.
 """
 
 import argparse
@@ -11,11 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpn_triton.data.datasets import DATASETS
+from gpn_triton.data.datasets import DATASETS, MADE
 from gpn_triton.neurons.networks import NEURONS
-from gpn_triton.training.options import OPTIONS, TAKE_UP, TrainConfig, check_names, did_you_mean
-from gpn_triton.training.presets import PRESETS
-from gpn_triton.training.run_folder import CONFIG, newest, read_options
+from gpn_triton.training.options import (
+    NETWORK_OPTIONS,
+    OPTIONS,
+    TAKE_UP,
+    TrainConfig,
+    check_names,
+    did_you_mean,
+)
+from gpn_triton.training.presets import PRESETS, TASKS
+from gpn_triton.training.run_folder import CONFIG, newest, read_options, read_seed_options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +36,7 @@ _READ: dict[str, dict[str, Any]] = {
     "str": {},
     "bool": {"action": "store_true"},
     "tuple[int, ...]": {"type": int, "nargs": "+"},
+    "tuple[float, ...]": {"type": float, "nargs": "+"},
     "tuple[str, ...]": {"nargs": "+"},
 }
 
@@ -93,16 +101,31 @@ def add_options(parser: Parser, everything: bool, without: Sequence[str] = ()) -
         if group is None or group.title != about["group"]:
             group = parser.add_argument_group(about["group"])
         text = about["help"].replace("%", "%%")
-        if f.default not in (None, ()) and f.default is not False:
-            shown = f.default if isinstance(f.default, tuple) else (f.default,)
-            shown = about.get("shown", " ".join(map(str, shown)))
+        shown = about.get("shown")
+        if not shown and f.default not in (None, ()) and f.default is not False:
+            values = f.default if isinstance(f.default, tuple) else (f.default,)
+            shown = " ".join(map(str, values))
+        if shown:
             text += f" (default: {shown})"
         given = {k: about[k] for k in ("choices", "metavar", "nargs", "const") if k in about}
         group.add_argument(
             "--" + f.name.replace("_", "-"),
             help=text if everything or about["newcomer"] else argparse.SUPPRESS,
-            **{**_READ[f.type.split(" | ")[0]], **given},
+            **{**_READ[f.type.split(" | ")[0]], **_words(about), **given},
         )
+
+
+def _words(about: dict[str, Any]) -> dict[str, Any]:
+    """How argparse reads a whole number that may be a word."""
+    if not (words := about.get("words")):
+        return {}
+
+    def read(text: str) -> int | str:
+        return text if text in words else int(text)
+
+    # argparse names a mistake by it
+    read.__name__ = " or ".join(("int", *words))
+    return {"type": read}
 
 
 class _Help(argparse.Action):
@@ -143,17 +166,29 @@ def configuration(flags: dict[str, Any]) -> TrainConfig:
         ValueError, FileNotFoundError: as parse.
     """
     given = (_read_toml(flags["config"]) if "config" in flags else {}) | flags
-    preset = PRESETS.get(str(given.get("preset")), {})
+    preset = dict(PRESETS.get(str(given.get("preset")), {}))
     if "train_file" in given and "dataset" in given:
         raise ValueError("dataset: expected either --dataset or --train-file, got both")
     for name in ("valid_file", "test_file"):
         if name in given and "train_file" not in given:
             raise ValueError(f"{name}: expected --train-file beside it")
-    cfg = TrainConfig(**{**preset, **given})
+    if "init_from" in given:
+        there = read_seed_options(given["init_from"], "init_from")
+        preset |= {name: there[name] for name in NETWORK_OPTIONS}
+    cfg = TrainConfig(**{**_task(preset | given), **preset, **given})
     if _own_file(cfg) and "channel_shift" not in given:
         cfg = dataclasses.replace(cfg, channel_shift=0)
     _refuse_ignored(cfg, given)
     return cfg
+
+
+def _task(given: dict[str, Any]) -> dict[str, Any]:
+    """What a long task puts in place of the options' defaults."""
+    values = TASKS.get(str(given.get("dataset")), {})
+    neuron = NEURONS.get(str(given.get("neuron", "gpn")))
+    if values.get("readout") == "membrane" and neuron and neuron.membrane is None:
+        values = {**values, "readout": "last"}
+    return values
 
 
 def _own_file(cfg: TrainConfig) -> bool:
@@ -170,9 +205,17 @@ def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
         ignored |= dict.fromkeys(("surrogate", "alpha", "checkpoint_every"), without)
         if cfg.backend != "auto":
             ignored["backend"] = without
-    if data != "--dataset synthetic":
-        ignored |= dict.fromkeys(("samples", "classes"), data)
-    if _own_file(cfg) or cfg.dataset == "synthetic":
+        if cfg.neuron != "lstm":
+            ignored["time_constants"] = without
+    if cfg.init == "paper":
+        ignored["time_constants"] = "--init paper"
+    if cfg.init_from is not None:
+        ignored |= dict.fromkeys(("init", "time_constants"), "--init-from")
+    if cfg.made not in MADE:
+        ignored["samples"] = data
+    if cfg.made not in ("synthetic", "recall"):
+        ignored["classes"] = data
+    if _own_file(cfg) or cfg.made in (*MADE, "digits"):
         ignored["download"] = data
     for name in ignored:
         if given.get(name):

@@ -1,12 +1,14 @@
-"""Published set-ups by name: what --preset puts in place of the options' defaults.
+"""Published set-ups by name: what --preset puts in place of the options' defaults; and what a
+long task by --dataset puts there.
 
 small and wide are the networks of the authors' two implementations, paper the small ones at the
 time bins that the paper names, authors the small one with the habits of the authors' data pipeline.
+All start as the paper does.
 """
 
 from typing import Any
 
-_PLAIN = {"max_time": 1.0, "channel_shift": 0}
+_PLAIN = {"max_time": 1.0, "channel_shift": 0, "init": "paper"}
 _SMALL = {**_PLAIN, "dropout": 0.5, "schedule": "cosine"}
 _WIDE = {**_PLAIN, "dropout": 0.25, "schedule": "plateau", "epochs": 150}
 _SHD = {"dataset": "shd", "lr": 5e-4, "epochs": 150}
@@ -27,3 +29,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_WIDE, **_SSC, "hidden": (1024,) * 3, "time_bins": 60, "batch_size": 1024
     },
 }  # fmt: skip
+
+# a task's own length and readout; its channels are no places on a membrane
+_TASK = {"channel_shift": 0, "dropout": 0.0}
+TASKS: dict[str, dict[str, Any]] = {
+    # the query comes in the last bin, and so does the answer
+    "recall": {**_TASK, "time_bins": 100, "classes": 10, "readout": "last"},
+    # a sum is a number between those that spikes of few neurons can say
+    "adding": {**_TASK, "time_bins": 100, "readout": "membrane"},
+    "digits": {**_TASK, "time_bins": 64},
+    "mnist": {**_TASK, "time_bins": 784},
+    "mnist-10k": {**_TASK, "time_bins": 784},
+}

@@ -106,6 +106,7 @@ class Run:
             "processes": world.size,
             "class_names": splits.train.class_names,
             "layers": self._layers(),
+            "num_channels": splits.train.num_channels,
         }
         self.header["ran_on"] = [self._here()]
         # the result depends on these options
@@ -113,6 +114,11 @@ class Run:
         self.metrics = folder / run_folder.METRICS
         if found := run_folder.load_checkpoint(folder):
             self._take_up(*found)
+        elif cfg.init_from is not None:
+            names = splits.train.class_names
+            world.say(run_folder.start_from(cfg.init_from, cfg, self.model, names))
+        else:
+            self.engine.normalise(self.training, seed)
         if world.is_writer:
             run_folder.remove_leftovers(folder)
             lines = [self.header, *(epoch.to_dict() for epoch in self.epochs)]
@@ -219,23 +225,25 @@ class Run:
     def _train_epoch(self, epoch: int, interruption: Interruption) -> Means:
         """Make the rest of an epoch's steps; the metrics of the whole of it."""
         engine, progress = self.engine, self.progress
-        samples, batch = len(self.training), self.cfg.batch_size
+        samples, batch, pieces = len(self.training), self.cfg.batch_size, len(engine.pieces)
         engine.start_epoch(self.training, self.seed, epoch, progress["step"])
-        # the last batch may be shorter
-        done = min(progress["step"] * batch, samples)
+        steps = -(-samples // batch) * pieces
+        done = min(progress["step"] // pieces * batch, samples)
         started, shown = time.perf_counter(), 0.0
         bar = tqdm(
             total=samples, initial=done, unit=" samples",
             desc=f"epoch {epoch + 1}/{self.cfg.epochs}", leave=False,
             disable=None if self.world.is_writer else True,
         )  # fmt: skip
-        with self._profiled(-(-(samples - done) // batch)) as recorded, bar:
-            for first in range(done, samples, batch):
-                size = min(batch, samples - first)
+        with self._profiled(steps - progress["step"]) as recorded, bar:
+            while progress["step"] < steps:
+                # the last batch may be shorter
+                size = min(batch, samples - progress["step"] // pieces * batch)
                 self._step(size)
                 recorded()
                 progress["step"] += 1
-                bar.update(size)
+                if progress["step"] % pieces == 0:
+                    bar.update(size)
                 due = time.perf_counter() - shown > LOG_SECONDS
                 # on a GPU reading a number waits for the device, so it is done rarely
                 if due or self.device.type == "cpu":
@@ -243,7 +251,7 @@ class Run:
                 if due:
                     bar.set_postfix_str(_describe(means(engine.totals, self.cfg.hidden)))
                     shown = time.perf_counter()
-                last = first + batch >= samples
+                last = progress["step"] == steps
                 asks = self.world.size == 1 or progress["step"] % ASK_STEPS == 0 or last
                 if asks and (stop := self.world.any(interruption.signal or 0)):
                     bar.close()
@@ -271,8 +279,8 @@ class Run:
             at_once = -(-size // (self.cfg.accumulate * self.world.size))
             raise MemoryError(
                 f"out of memory: a step of {at_once} samples at once did not fit {self.device}; "
-                "--accumulate K works a batch off in K parts, and --checkpoint-every K or a "
-                "smaller --batch-size need less, too"
+                "--accumulate K works a batch off in K parts, --tbptt K takes K time bins at once, "
+                "and --checkpoint-every K or a smaller --batch-size need less, too"
             ) from None
 
     def _end_epoch(self, epoch: int, trained: Means) -> Epoch:
@@ -297,9 +305,14 @@ class Run:
             gradient_norm=engine.gradient_norms(),
         )
         self.epochs.append(line)
-        # of equal accuracies the one with the lower loss is better
-        best = (progress["best_accuracy"], -progress["best_loss"])
-        if (valid.accuracy, -valid.loss) > best:
+        # of equal accuracies the one with the lower loss is better; of numbers always
+        best, found = (
+            (accuracy, -loss) if not self.splits.learns_number else (accuracy >= 0, -loss)
+            for accuracy, loss in (
+                (progress["best_accuracy"], progress["best_loss"]), (valid.accuracy, valid.loss),
+            )
+        )  # fmt: skip
+        if found > best:
             if self.world.is_writer:
                 run_folder.save_weights(self.folder / run_folder.WEIGHTS, self.model)
             progress |= {"best_accuracy": valid.accuracy, "best_loss": valid.loss}
@@ -313,7 +326,7 @@ class Run:
         skipped = f"  {line.skipped_steps} steps skipped" if line.skipped_steps else ""
         self.world.say(
             f"epoch {epoch + 1:3d}/{self.cfg.epochs}  {_describe(trained)}  "
-            f"valid {100 * valid.accuracy:.1f} %  "
+            f"valid {100 * valid.accuracy:.1f} %{self._error(valid)}  "
             f"{line.samples_per_second:.0f} samples/s{skipped}"
         )
         return line
@@ -323,6 +336,10 @@ class Run:
         epoch = self.progress["epoch"]
         if self.world.is_writer and epoch in (self.cfg.keep_epochs or ()):
             run_folder.keep_weights(self.folder, self.model, epoch)
+
+    def _error(self, found: Means) -> str:
+        """Beside the share of near numbers their squared error, by which validation chooses."""
+        return f" error {found.loss:.5f}" if self.splits.learns_number else ""
 
     def _finish(self) -> dict[str, Any]:
         """Test the best weights and write result.json and curves.png."""
@@ -360,7 +377,7 @@ class Run:
         if self.world.is_writer:
             title = f"{cfg.neuron} {'-'.join(map(str, cfg.hidden))} on {self.splits.description}"
             try:
-                draw_curves(self.folder / run_folder.CURVES, epochs, title)
+                draw_curves(self.folder / run_folder.CURVES, epochs, progress["best_epoch"], title)
             except ModuleNotFoundError:
                 print(
                     "curves.png not drawn: matplotlib is missing (pip install 'gpn-triton[plot]')"

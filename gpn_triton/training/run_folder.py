@@ -4,6 +4,9 @@ Every file is written whole or not at all. A run of several seeds has a folder f
 own, which holds config.json and, at the end, result.json.
 """
 
+from __future__ import annotations
+
+import copy
 import dataclasses
 import json
 import os
@@ -20,9 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from gpn_triton.data.datasets import class_difference
 from gpn_triton.machine.files import write_atomically
 from gpn_triton.machine.profile import PROFILE, TRACE
 from gpn_triton.neurons.networks import SpikingClassifier
+from gpn_triton.neurons.time_steps import change_time_step
 from gpn_triton.training.build import build_binning, build_model
 from gpn_triton.training.objective import Epoch
 from gpn_triton.training.options import TrainConfig, check_names, completed
@@ -33,7 +38,7 @@ CHECKPOINTS, KEPT_CHECKPOINTS = "checkpoint-*.pt", 2
 # weights of an epoch that --keep-epochs names
 KEPT = "epoch-*.safetensors"
 SEED = "seed-"
-# of the files in SHD's layout that the training command reads
+# of the files in SHD's layout that the training command reads, and of runs that do not say
 NUM_CHANNELS = 700
 
 
@@ -218,6 +223,13 @@ def read_options(run: str | Path, argument: str = "run") -> dict[str, Any]:
     return completed(values)
 
 
+def read_seed_options(run: str | Path, argument: str = "run") -> dict[str, Any]:
+    """As read_options; the folder of one seed of several has its options in the folder above."""
+    run = Path(run)
+    of_seed = run.name.startswith(SEED) and not (run / CONFIG).exists()
+    return read_options(run.parent if of_seed else run, argument)
+
+
 def read_metrics(run: str | Path, epochs: int, layers: int) -> tuple[dict[str, Any], list[Epoch]]:
     """The header and the first lines of a run's metrics.jsonl.
 
@@ -238,17 +250,58 @@ def read_metrics(run: str | Path, epochs: int, layers: int) -> tuple[dict[str, A
         raise ValueError(f"resume: {path} cannot be read: {error}") from None
 
 
+def start_from(run: str, cfg: TrainConfig, model: SpikingClassifier, classes: Sequence[str]) -> str:
+    """Give a network the best weights of a run, at its own time step; what was done, in words.
+
+    Args:
+        run: the folder. cfg, model: of the network that starts. classes: the names of its classes.
+    Raises:
+        FileNotFoundError, ValueError: as load_run; or another network, or other classes.
+    """
+    trained, did = load_run(run).at(cfg.time_bins, cfg.max_time)
+    if difference := class_difference(trained.class_names, tuple(classes)):
+        raise ValueError(f"init_from: {run} knows {difference}")
+    try:
+        model.load_state_dict(trained.model.state_dict())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[:2][-1].strip()
+        raise ValueError(f"init_from: {run} is of another network: {reason}") from None
+    return f"starts from {run}, {did}"
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
     """A run folder read back.
 
     config: as it was trained. model: with the best epoch's weights, float32, in evaluation mode, on
-    the CPU. class_names: as the training data named them, else the classes' numbers.
+    the CPU. class_names: as the training data named them, else the classes' numbers. num_channels:
+    of the training data, before they were binned.
     """
 
     config: TrainConfig
     model: SpikingClassifier
     class_names: tuple[str, ...]
+    num_channels: int
+
+    def at(self, time_bins: int, max_time: float) -> tuple[TrainedRun, str]:
+        """The same network on other bins, see neurons.time_steps; and what was done, in words.
+
+        Args:
+            time_bins: their number. max_time: the window, in seconds.
+        Raises:
+            ValueError: the network's time step cannot be changed.
+        """
+        old = self.config
+        config = dataclasses.replace(old, time_bins=time_bins, max_time=max_time)
+        before, now = old.max_time / old.time_bins, max_time / time_bins
+        if now == before:
+            return dataclasses.replace(self, config=config), "on bins as long as in training"
+        model = copy.deepcopy(self.model)
+        change_time_step(model, now / before)
+        return dataclasses.replace(self, config=config, model=model), (
+            f"trained on bins of {1e3 * before:.4g} ms, converted to bins of {1e3 * now:.4g} ms: "
+            f"decays to the power of {now / before:.4g}, gains to match"
+        )
 
 
 def load_run(run: str | Path) -> TrainedRun:
@@ -264,9 +317,7 @@ def load_run(run: str | Path) -> TrainedRun:
             finite, or a run of several seeds.
     """
     run, weights = Path(run), Path(run, WEIGHTS)
-    # a seed's options are in the folder above
-    of_seed = run.name.startswith(SEED) and not (run / CONFIG).exists()
-    values = read_options(run.parent if of_seed else run)
+    values = read_seed_options(run)
     seeds = sorted(run.glob(f"{SEED}*/{WEIGHTS}"))
     if seeds and not weights.exists():
         raise ValueError(f"run: {run} holds {len(seeds)} seeds: name one, as {seeds[0].parent}")
@@ -279,24 +330,33 @@ def load_run(run: str | Path) -> TrainedRun:
         raise ValueError(f"weights: {weights} cannot be read: {error}") from None
     # what is computed is the same with every backend
     cfg = TrainConfig(**{**values, "backend": "auto"})
-    model = build_model(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
+    channels = _header(run).get("num_channels", NUM_CHANNELS)
+    model = build_model(cfg, build_binning(cfg).columns(channels), classes)
     load_weights(weights, model)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"weights: {weights}: {name} holds values that are not finite")
-    return TrainedRun(cfg, model.eval(), class_names(run, classes))
+    return TrainedRun(cfg, model.eval(), class_names(run, classes), channels)
+
+
+def _header(run: str | Path) -> dict[str, Any]:
+    """The first line of metrics.jsonl; empty where there is no such file."""
+    path = Path(run, METRICS)
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = json.loads(file.readline())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"run: {path}: no header in its first line: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"run: {path}: no header in its first line: expected an object")
+    return header
 
 
 def class_names(run: str | Path, classes: int) -> tuple[str, ...]:
     """The names in the first line of metrics.jsonl; numbers where it holds none."""
-    path = Path(run, METRICS)
-    try:
-        with path.open(encoding="utf-8") as file:
-            names = json.loads(file.readline())["class_names"]
-    except (FileNotFoundError, KeyError):
-        return tuple(map(str, range(classes)))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"run: {path}: no header in its first line: {error}") from None
+    names = _header(run).get("class_names", list(range(classes)))
     if not isinstance(names, list) or len(names) != classes:
-        raise ValueError(f"run: {path}: class_names: expected {classes} names")
+        raise ValueError(f"run: {Path(run, METRICS)}: class_names: expected {classes} names")
     return tuple(map(str, names))

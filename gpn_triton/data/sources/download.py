@@ -1,8 +1,9 @@
-"""Fetch SHD and SSC: from two hosts in turn, resumed, verified, and never half a file.
+"""Fetch files by their sums: from two hosts in turn, resumed, verified, and never half of one.
 
 This is not left to pooch, which has the hashes and whole files, too, but begins every attempt at an
 archive of up to 1.2 GB anew: pooch 1.9 asks for no range and deletes what a cut connection left.
 
+fetch() knows the files of SHD and SSC.
 Source: Cramer, Stradmann, Schemmel, Zenke, 2022; licence CC BY 4.0.
 """
 
@@ -72,7 +73,7 @@ def fetch(
     if download:
         folder.mkdir(parents=True, exist_ok=True)
     # the processes of one distributed run come here together: one fetches, the others wait
-    with _locked(folder) if folder.is_dir() else contextlib.nullcontext():
+    with locked(folder) if folder.is_dir() else contextlib.nullcontext():
         for path in files.values():
             _unpack_if_there(path, md5[path.stem])
         missing = [path for path in files.values() if not path.exists()]
@@ -83,14 +84,18 @@ def fetch(
             )
         for path in missing:
             archive = path.with_name(path.name + ".zip")
-            _download(archive, [host + archive.name for host in hosts], md5[path.stem], timeout)
+            download_file(archive, [host + archive.name for host in hosts], md5[path.stem], timeout)
             _unpack(archive, path)
             archive.unlink()
     return files
 
 
-def _download(archive: Path, addresses: Sequence[str], md5: str, timeout: float) -> None:
-    """Fetch an archive into NAME.part from the addresses in turn, verify and rename it."""
+def download_file(archive: Path, addresses: Sequence[str], md5: str, timeout: float) -> None:
+    """Fetch a file into NAME.part from the addresses in turn, verify and rename it.
+
+    Raises:
+        ConnectionError: no host could deliver; what arrived is kept for the next attempt.
+    """
     part = archive.with_name(archive.name + ".part")
     waiting, reasons, furthest = list(addresses), {}, 0
     while waiting:
@@ -102,7 +107,7 @@ def _download(archive: Path, addresses: Sequence[str], md5: str, timeout: float)
             # a host that was cut off, but further than any before, is worth another turn
             again = _size(part) > max(before, furthest)
         else:
-            found = _md5(part)
+            found = md5_of(part)
             if found == md5:
                 os.replace(part, archive)
                 return
@@ -153,7 +158,7 @@ def _unpack_if_there(path: Path, md5: str) -> None:
     archive = path.with_name(path.name + ".zip")
     if path.exists() or not archive.exists():
         return
-    found = _md5(archive)
+    found = md5_of(archive)
     if found == md5:
         _unpack(archive, path)
     else:
@@ -176,7 +181,7 @@ def _unpack(archive: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against other processes that ask for it by this function."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -190,7 +195,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _md5(path: Path) -> str:
+def md5_of(path: Path) -> str:
+    """A file's sum."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
