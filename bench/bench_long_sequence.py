@@ -4,7 +4,7 @@ from bench import subjects
 
 KIND = "long_sequence"
 SUBJECTS = (
-    "gpn-torch", "gpn-torch-every-16", "gpn-cpu", "gpn-triton", "gpn-triton-every-16",
+    "gpn-cpu", "gpn-cpu-every-16", "gpn-triton", "gpn-triton-every-16",
     "gpn-triton-every-64", "loop", "lstm",
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ from gpn_triton.data.feed import Feed
 from gpn_triton.machine.graphs import WARM_RUNS
 from gpn_triton.neurons import cost
 from gpn_triton.neurons.networks import NEURONS
-from gpn_triton.training import build
+from gpn_triton.training import build, options
 from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
 
@@ -47,10 +47,10 @@ DISTINCT = 2048
 SECONDS = 1.0
 GAIN = 5.0
 SUBJECTS = (
-    "gpn", "gpn-no-graph", "gpn-torch", "gpn-every-10", "loop", "loop-graph", "lif", "lstm", "gru",
+    "gpn", "gpn-no-graph", "gpn-every-10", "loop", "loop-graph", "lif", "lstm", "gru",
 )  # fmt: skip
 # dtype -> the training command's name of it
-AMP = {str(dtype).removeprefix("torch."): name for name, dtype in build.AMP.items() if name}
+AMP = {str(dtype).removeprefix("torch."): name for name, dtype in options.AMP.items() if name}
 
 
 def event_store(samples: int, channels: int, classes: int) -> EventStore:
@@ -74,17 +74,17 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
     Raises:
         Unavailable: the subject cannot take part here.
     """
-    if subject in ("gpn-torch", "gpn-no-graph") and device.type == "cpu":
+    if subject == "gpn-no-graph" and device.type == "cpu":
         raise Unavailable("the same as gpn here")
     if subject == "loop-graph" and device.type == "cpu":
         raise Unavailable("CUDA graphs need a GPU")
     kind = subject if subject in ("lif", "lstm", "gru") else "gpn"
     cfg = TrainConfig(
         hidden=case.hidden, neuron=kind, time_bins=case.T, max_time=SECONDS, batch_size=case.B,
-        amp=AMP.get(case.dtype), backend="torch" if subject == "gpn-torch" else "auto",
+        amp=AMP.get(case.dtype),
         checkpoint_every=10 if subject == "gpn-every-10" else None,
-        # the torch path's reference is written for a CPU, the loop is the authors' way
-        no_graph=subject in ("gpn-no-graph", "gpn-torch", "loop"),
+        # the loop is the authors' way
+        no_graph=subject in ("gpn-no-graph", "loop"),
     )  # fmt: skip
     torch.manual_seed(0)
     model = build.build_model(cfg, case.inputs, case.classes)

@@ -30,7 +30,6 @@ from bench.competitors import (
 from bench.kernel_call import STRATEGIES, KernelCall
 from bench.measure import Call, GraphedCall
 from gpn_triton import gpn
-from gpn_triton.machine.device import cpu_unavailable
 from gpn_triton.neurons import cost, reference
 from gpn_triton.neurons.networks import NEURONS
 
@@ -48,7 +47,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in TOLERANCE}
 GATE_WEIGHTS = ("weight_x", "weight_v", "bias")
 SPIKING = ("gpn", "lif")
 OURS = (
-    "gpn-torch", "gpn-torch-every-10", "gpn-cpu", "gpn-triton", "gpn-triton-every-10",
+    "gpn-cpu", "gpn-cpu-every-10", "gpn-triton", "gpn-triton-every-10",
     "gpn-triton-graph", "gpn-persistent", "gpn-stepwise",
 )  # fmt: skip
 LOOPS = ("loop", "authors", "hoisted", "hoisted-compiled-step", "authors-graph", "hoisted-graph")
@@ -196,10 +195,8 @@ def _spiking(problem: Problem, subject: str, backward: bool) -> tuple[str, Call,
         backend, *every = how.split("-")
         if backend == "triton" and device.type != "cuda":
             raise Unavailable("the Triton kernels need a GPU")
-        if backend == "cpu" and (reason := cpu_unavailable(problem.x)):
-            raise Unavailable(reason)
-        if backend == "torch" and device.type == "cuda" and case.T > 1000:
-            raise Unavailable("the torch path is for the CPU; up to T = 1000 on a GPU")
+        if backend == "cpu" and device.type != "cpu":
+            raise Unavailable("the CPU's kernels need CPU tensors")
         options = {"backend": backend, "checkpoint_every": int(every[1]) if every else None}
         return layer(lambda *inputs: gpn(*inputs, v_reset, **options)[0])
     if subject == "lif":

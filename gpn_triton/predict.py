@@ -7,7 +7,6 @@ python -m gpn_triton.predict RUN FILE.h5 --time-bins 250
 
 import copy
 import csv
-import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -48,7 +47,7 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     model = copy.deepcopy(trained.model).to(device, torch.float64)
-    binning = dataclasses.replace(build_binning(trained.config), dtype=torch.float32)
+    binning = build_binning(trained.config)
     events = DeviceEvents(store, device)
     logits = []
     for indices in torch.arange(len(events), device=device).split(batch_size):

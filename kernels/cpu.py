@@ -40,6 +40,8 @@ PANEL = 2 * LANES
 DEPTH = 128
 # no nnan, no ninf: NaN stays visible. No reassoc: exp relies on the order of a sum
 OPTIONS = dict(fastmath={"contract", "nsz"}, error_model="numpy")
+# one rounding an operation: no multiplication is contracted with its addition
+EXACT = dict(error_model="numpy")
 
 
 class _Disjoint(Compiler):
@@ -50,24 +52,24 @@ class _Disjoint(Compiler):
         self.state.flags.noalias = True
 
 
-inner = numba.njit(
-    no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_Disjoint, **OPTIONS
-)
+_WITHIN = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner = numba.njit(pipeline_class=_Disjoint, **_WITHIN, **OPTIONS)
+exact_inner = numba.njit(**_WITHIN, **EXACT)
 
 
-def kernel(*files: str):
+def kernel(*files: str, options: dict = OPTIONS):
     """Compile for calls from Python, cached on disk where a folder can be written.
 
     files: what else the kernel is made of. Numba looks at its own file alone before it takes a
-    compiled kernel from the cache.
+    compiled kernel from the cache. options: OPTIONS or EXACT.
     """
 
     def decorate(function):
         try:
-            compiled = numba.njit(cache=True, nogil=True, **OPTIONS)(function)
+            compiled = numba.njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:
             # neither __pycache__, nor the user's cache, nor NUMBA_CACHE_DIR can be written
-            return numba.njit(nogil=True, **OPTIONS)(function)
+            return numba.njit(nogil=True, **options)(function)
         stats = [os.stat(f) for f in (function.__code__.co_filename, __file__, *files)]
         stamp = [(s.st_mtime, s.st_size) for s in stats]
         compiled._cache._cache_file._source_stamp = stamp
@@ -262,6 +264,12 @@ def weight_gradient_kernel(
         for m in range(rows):
             g_bias[first + m] += bias[m]
             bias[m] = 0
+
+
+def is_compiled(kernel) -> bool:
+    """Whether this process or this machine's cache holds the kernel, if of an older program."""
+    file = getattr(kernel._cache, "_cache_file", None)
+    return bool(kernel.signatures) or (file is not None and os.path.exists(file._index_path))
 
 
 def flat(a: Tensor | None, like: Tensor) -> np.ndarray:

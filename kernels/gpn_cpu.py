@@ -34,7 +34,7 @@ takes b as what v[t+1] holds beyond the reset, which saves a quarter of that pro
 In float32, exp is a polynomial and tanh a rational function, within 3 ulp; in float64 both are
 libm's. NaN and infinity are never assumed away.
 
-Source: arXiv 2412.01087. Twin: reference.gpn_forward and reference.gpn_backward.
+Source: arXiv 2412.01087. Twin: reference.gpn_loop and reference.gpn_adjoint.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpn_triton.kernels import pointwise_cpu
+from gpn_triton.kernels import cpu, pointwise_cpu
 from gpn_triton.kernels.cpu import (
     PANEL,
     ROWS,
@@ -70,7 +70,7 @@ from gpn_triton.kernels.pointwise_cpu import (
     step,
     surrogate_derivative,
 )
-from gpn_triton.kernels.tiles import saturate
+from gpn_triton.kernels.tiles import WORD, saturate
 
 
 @kernel(pointwise_cpu.__file__)
@@ -132,7 +132,7 @@ def gpn_forward_kernel(
                         gate(z_r, p_t * width, p_t, fixed, 3 * N),
                         row(x, at), row(v_reset, b_at), N, row(own, r * N), s_r,
                     )  # fmt: skip
-                    word = ((t // 32) * B + first + r) * N
+                    word = ((t // WORD) * B + first + r) * N
                     count(s_r, row(counts, b_at), row(bits, word), t, N, mean, every > 0)
         copy(own, row(v, first * N), rows * N)
 
@@ -205,7 +205,7 @@ def gpn_backward_kernel(
                 replays = (t_block + k + 1) % every != 0 and t_block + k + 1 < steps
                 for r in range(rows):
                     z_r, at, b_at = row(z_k, r * depth), k_at + r * N, (first + r) * N
-                    bits_r = row(bits, (t // 32) * B * N + b_at)
+                    bits_r = row(bits, (t // WORD) * B * N + b_at)
                     f = gate(z_r, p_f * width, p_f, fixed, zero)
                     i = gate(z_r, p_i * width, p_i, i_own, zero)
                     b = gate(z_r, p_b * width, p_b, fixed, 2 * N)
@@ -272,6 +272,11 @@ def choose(B: int, N: int, threads: int, every: int) -> tuple[int, int, int]:
     return tile, block, max(every, chunk // every * every)
 
 
+def is_compiled() -> bool:
+    """Whether a layer's first call finds its kernels compiled; else it takes some 10 s longer."""
+    return all(map(cpu.is_compiled, (gpn_forward_kernel, gpn_backward_kernel)))
+
+
 def _places(gates: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(gates.index(g) if g in gates else -1 for g in ("f", "i", "b", "theta"))
 
@@ -287,7 +292,7 @@ def gpn_forward(
     every: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run GPN forward; arguments and results as reference.gpn_forward.
+    """Run GPN forward; arguments and results as recurrence_torch.gpn_forward.
 
     Args:
         x [T, B, N] float64, float32, float16 or bfloat16: synaptic current.
@@ -306,7 +311,7 @@ def gpn_forward(
     direct = x.dtype == state
     saved_dtype = state if direct else torch.float16
     v_saved = x.new_empty((-(-T // every) if every else 0, B, N), dtype=saved_dtype)
-    bits = x.new_empty((-(-T // 32) if every else 0, B, N), dtype=torch.int32)
+    bits = x.new_empty((-(-T // WORD) if every else 0, B, N), dtype=torch.int32)
     counts = torch.zeros_like(v0) if mean else v0.new_empty(0)
     spikes = x.new_empty(0 if mean else x.shape)
     v = v0.clone(memory_format=torch.contiguous_format)
@@ -352,7 +357,7 @@ def gpn_backward(
     every: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Backpropagate through gpn_forward; arguments and results as reference.gpn_backward.
+    """Backpropagate through gpn_forward; arguments and results as recurrence_torch.gpn_backward.
 
     Args:
         g_spikes [T, B, N], or [B, N] if mean: gradient of the spikes or of their mean; None: zero.

@@ -18,6 +18,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from gpn_triton.kernels.cpu import inner, row
+from gpn_triton.kernels.tiles import WORD
 
 SURROGATES = ("atan", "sigmoid", "fast-sigmoid", "triangle")
 
@@ -158,8 +159,8 @@ def count(s, counts, bits, t, N, mean, save):
         for j in range(N):
             counts[j] += s[j]
     if save:
-        one, none = np.int32(np.int64(1) << (t % 32)), np.int32(0)
-        if t % 32 == 0:
+        one, none = np.int32(np.int64(1) << (t % WORD)), np.int32(0)
+        if t % WORD == 0:
             for j in range(N):
                 bits[j] = none
         for j in range(N):
@@ -181,7 +182,7 @@ def constants(N, like):
 @inner
 def replay(f, i, b, x, v, v_next, v_reset, bits, t, N, find_b):
     """v[t+1] of one row from the saved spikes or, if v[t+1] is known, b from v[t+1]."""
-    one = np.int32(np.int64(1) << (t % 32))
+    one = np.int32(np.int64(1) << (t % WORD))
     for j in range(N):
         h = f[j] * v[j] + i[j] * x[j]
         after = v_reset[j] if (bits[j] & one) != 0 else h

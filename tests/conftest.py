@@ -18,6 +18,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Memory that torch hands out and nobody wrote: NaN, or absurd where a whole number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

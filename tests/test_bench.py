@@ -33,7 +33,7 @@ def test_every_kind_runs_says_what_was_left_out_and_records_what_a_figure_needs(
     layer = {r["subject"]: r["held_beyond_bytes"] for r in found if r["kind"] == "layer"}
     assert {"hoisted", "lstm"} <= layer.keys()
     # ours holds less for backward than the loops
-    assert layer["gpn-torch-every-10"] < layer["gpn-torch"] < layer["loop"] < layer["authors"]
+    assert layer["gpn-cpu-every-10"] < layer["gpn-cpu"] < layer["loop"] < layer["authors"]
     left_out = contents["left_out"]
     assert {left["subject"] for left in left_out} >= {"gpn-triton", "authors-graph"}
     assert all(left["outcome"] == "skipped" and left["reason"] for left in left_out)
@@ -54,7 +54,7 @@ def test_every_kind_runs_says_what_was_left_out_and_records_what_a_figure_needs(
     ("result is not finite", lambda out: out * torch.inf),
 ])  # fmt: skip
 def test_gate_names_what_is_wrong(name, damage):
-    entry = subjects.entries(cases.cases("recurrence", "tiny")[0], CPU, True)("gpn-torch")
+    entry = subjects.entries(cases.cases("recurrence", "tiny")[0], CPU, True)("gpn-cpu")
     assert entry.check()["spikes_a_step"] > 0
     forward = entry.call.forward
     entry.call.forward = lambda: damage(forward())
@@ -69,14 +69,14 @@ def test_contest_times_in_turns_and_names_who_is_wrong_or_late_and_times_neither
     def prepare(name):
         entry = right(name)
         forward = entry.call.forward
-        if name == "gpn-torch":
+        if name == "gpn-cpu":
             entry.call.forward = lambda: 1 - forward()
         return entry
 
-    run = contest.Contest(case, prepare, ["gpn-torch", "loop"], CPU, 1, 0)
-    outcome, reason = run.left_out("gpn-torch")
+    run = contest.Contest(case, prepare, ["gpn-cpu", "loop"], CPU, 1, 0)
+    outcome, reason = run.left_out("gpn-cpu")
     assert run.times.keys() == {"loop"}
-    assert outcome == "failed" and reason.startswith("wrong: gpn-torch: ")
+    assert outcome == "failed" and reason.startswith("wrong: gpn-cpu: ")
     late = contest.Contest(case, right, ["loop"], CPU, 1, 0, deadline=0)
     assert not late.times and late.left_out("loop") == ("skipped", "no time left")
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
@@ -100,7 +100,7 @@ def test_memory_of_a_call_is_counted():
 def test_report_renders_every_record_with_plots(record, tmp_path):
     (tmp_path / "tiny.json").write_bytes(record.read_bytes())
     page = report.render(tmp_path).read_text()
-    assert "### layer: tiny" in page and "| gpn-torch | " in page and "### Left out" in page
+    assert "### layer: tiny" in page and "| gpn-cpu | " in page and "### Left out" in page
     for name in ("tiny-time-against-T.png", "tiny-memory-against-T.png"):
         assert name in page and (tmp_path / name).stat().st_size > 1000
 
@@ -111,8 +111,8 @@ def test_compare_names_regressions_of_ours_and_only_those(record, tmp_path, caps
         benchmark["extra_info"] |= {"median_ms": 10.0, "low_ms": 9.9, "high_ms": 10.1}
     new = copy.deepcopy(old)
     changes = {
-        "gpn-torch": {"median_ms": 12.0, "low_ms": 11.9, "high_ms": 12.1},
-        "gpn-torch-every-10": {"peak_bytes": 1e9},
+        "gpn-cpu": {"median_ms": 12.0, "low_ms": 11.9, "high_ms": 12.1},
+        "gpn-cpu-every-10": {"peak_bytes": 1e9},
         "authors": {"median_ms": 20.0, "low_ms": 19.0, "high_ms": 21.0},
         # slower by its median, within the spread
         "hoisted": {"median_ms": 11.0, "low_ms": 9.0, "high_ms": 13.0},

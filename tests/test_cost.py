@@ -29,14 +29,14 @@ def test_counts_of_the_paper_s_networks_are_the_design_s():
 
 
 def test_floors_are_the_design_s_and_the_slower_of_arithmetic_and_traffic():
-    def floor(sizes, T, samples, amp="bf16"):
+    def floor(sizes, T, samples, amp=torch.bfloat16):
         return cost.training_floor(GPN, sizes[0], 700, sizes[1], T, samples, amp, H200)
 
     assert floor(SHD, 100, 8156) == pytest.approx(2.5e-3, rel=0.06)
     for T, expected in ((50, 0.104), (100, 0.207), (250, 0.519)):
         assert floor(SSC, T, 75466) == pytest.approx(expected, rel=0.01)
     assert floor(SSC, 50, 6) == pytest.approx(2 * floor(SSC, 50, 3))
-    assert floor(SSC, 50, 3, "fp16") == floor(SSC, 50, 3) < floor(SSC, 50, 3, None)
+    assert floor(SSC, 50, 3, torch.float16) == floor(SSC, 50, 3) < floor(SSC, 50, 3, None)
     work = cost.Count(flops=6.0, bytes=10.0)
     assert cost.floor_seconds(work, machine.Ceilings(2.0, 5.0, "")) == 3.0
     assert cost.floor_seconds(work, machine.Ceilings(3.0, 2.0, "")) == 5.0

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpn_triton.data import augmentation
-from gpn_triton.data import binning as module
 from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import BinningConfig, batch_input, bin_batch
 from gpn_triton.data.events import DeviceEvents
@@ -21,7 +20,7 @@ from tests.stores import make_store, store_of
 
 f32 = np.float32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("torch", "triton") if importlib.util.find_spec("triton") else ("torch",)
+BACKENDS = ("torch", "cpu", *(["triton"] if importlib.util.find_spec("triton") else []))
 SHIFT, EVERYTHING = Augmentation(channel_shift=30), Augmentation(20, 0.1, 0.005, 0.1, 0.1)
 AUGMENTATIONS = {
     "shift": SHIFT,
@@ -184,9 +183,8 @@ def test_edges_are_as_promised(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_counts_come_in_the_dtype_asked_for_whatever_the_batch(dtype, monkeypatch):
-    # sample 1 is empty, sample 3 comes twice; a batch larger than a block
-    monkeypatch.setattr(module, "CPU_SAMPLES", 3)
+def test_counts_come_in_the_dtype_asked_for_whatever_the_batch(dtype):
+    # sample 1 is empty, sample 3 comes twice
     config = BinningConfig(20, 0.7, channel_bin=7, dtype=dtype)
     assert_as_the_loop(make_store(11), [3, *range(11)], config, EVERYTHING, (1, 2))
 
@@ -231,77 +229,6 @@ def test_a_draw_does_not_depend_on_the_batch_and_changes_with_the_key():
     assert torch.equal(together[:, 4:5], counts([4], (3, 5)))
     for key in ((3, 6), (4, 5), (5, 3)):
         assert not torch.equal(together, counts([*range(9)], key))
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """The samples that batch_input had counted, call by call; much is kept."""
-    monkeypatch.setattr(module, "KEPT_SHARE", 1000)
-    calls, count = [], module.bin_batch
-
-    def bins(events, indices, *arguments, **options):
-        calls.append(indices.tolist())
-        return count(events, indices, *arguments, **options)
-
-    monkeypatch.setattr(module, "bin_batch", bins)
-    return calls
-
-
-def keeping(store, numbers=None):
-    """Events of which counts are kept."""
-    events = DeviceEvents(store, numbers=numbers)
-    events.kept = {}
-    return events
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("options", "augmentation"), [
-    (dict(time_bins=25), None),
-    (dict(time_bins=9, max_time=0.7, channel_bin=5, overflow="clip"), None),
-    (dict(time_bins=10, style="authors"), None),
-    (dict(time_bins=25), SHIFT),
-    (dict(time_bins=25), AUGMENTATIONS["a shift beyond all channels"]),
-])  # fmt: skip
-def test_kept_counts_are_those_of_the_events_and_made_once(options, augmentation, dtype, counted):
-    store, config = make_store(20, most=60), BinningConfig(**options, dtype=dtype)
-    events, plain = keeping(store), DeviceEvents(store)
-    for indices in ([3, 1, 0, 3], [3, 4, 5], [*range(20)]):
-        for key in ((7, 3), torch.tensor([7, 4])):
-            arguments = (torch.tensor(indices), config, augmentation, key)
-            counts = batch_input(events, *arguments, sparse=False)
-            assert counts.dtype == dtype and torch.equal(counts, bin_batch(plain, *arguments))
-    assert counted == [[0, 1, 3], [4, 5], [2, *range(6, 20)]]
-    # another binning has counts of its own
-    other = dataclasses.replace(config, time_bins=5)
-    assert len(batch_input(events, torch.tensor([2]), other, None, None, False)) == 5
-    # a part of a set keeps its counts by place and draws by number
-    rows = torch.tensor([4, 2, 8])
-    part, arguments = keeping(store.subset(rows.numpy()), rows), (config, augmentation, (1, 2))
-    counts = batch_input(part, torch.arange(3), *arguments, sparse=False)
-    assert torch.equal(counts, bin_batch(plain, rows, *arguments))
-
-
-def test_counts_that_change_or_take_too_much_memory_are_not_kept(counted, monkeypatch):
-    store, indices = make_store(6, most=60), torch.arange(6)
-
-    def is_kept(augmentation=SHIFT, store=store, **options):
-        events, config = keeping(store), BinningConfig(**{"time_bins": 25, **options})
-        for _ in range(2):
-            counted.clear()
-            batch_input(events, indices[: len(store)], config, augmentation, (7, 3), False)
-        return not counted
-
-    assert is_kept()
-    for name in ("stretch", "jitter", "drop", "noise", "everything"):
-        assert not is_kept(AUGMENTATIONS[name])
-    assert not is_kept(channel_bin=5) and not is_kept(style="authors")
-    for most in (255, 256):
-        assert is_kept(None, store_of(([0.1] * most, [3] * most)), time_bins=2) == (most == 255)
-    monkeypatch.setattr(module, "KEPT_SHARE", 6 * 25 * 700 // (6 * len(store.times)))
-    assert not is_kept()
-    monkeypatch.setattr(module, "KEPT_SHARE", 1000)
-    monkeypatch.setattr(module, "KEPT_MIB", 0)
-    assert not is_kept()
 
 
 def test_draws_are_uniform_and_independent():

@@ -92,7 +92,9 @@ def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
     from gpn_triton.machine import device
 
     events, indices, config = DeviceEvents(make_store(3)), torch.tensor([0]), BinningConfig(2)
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton, torch, got 'jax'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, triton, cpu, torch, got 'jax'"
+    ):
         bin_batch(events, indices, config, backend="jax")
     monkeypatch.setattr(device, "triton_unavailable", lambda _: "there is none")
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: there is none"):

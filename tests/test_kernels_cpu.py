@@ -3,28 +3,19 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import pytest
 import torch
 
-numba = pytest.importorskip("numba")
-
-from gpn_triton.kernels import cpu  # noqa: E402
-from gpn_triton.kernels.gpn_cpu import choose, gpn_backward, gpn_forward  # noqa: E402
-from gpn_triton.neurons.recurrence_torch import unpack_spikes  # noqa: E402
-from gpn_triton.neurons.reference import GATES, gpn_loop  # noqa: E402
-from gpn_triton.neurons.surrogate import SURROGATES  # noqa: E402
-from tests.tolerances import TOLERANCES  # noqa: E402
+from gpn_triton.kernels import cpu
+from gpn_triton.kernels.gpn_cpu import choose, gpn_backward, gpn_forward
+from gpn_triton.neurons.recurrence_torch import unpack_spikes
+from gpn_triton.neurons.reference import GATES, gpn_loop
+from gpn_triton.neurons.surrogate import SURROGATES
+from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 HALF = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def poisoned_memory():
-    """Memory that torch hands out and nobody wrote: NaN, or absurd where a whole number."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

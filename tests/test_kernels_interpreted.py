@@ -20,15 +20,7 @@ from tests import interpreted_bfloat16
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import BACKENDS, MEAN, TOLERANCES
 
-# of memory nobody wrote: NaN where a float, absurd where a whole number
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "bfloat16_as_on_a_gpu")
-
-
-@pytest.fixture
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -213,4 +205,4 @@ def test_a_backend_is_refused_with_the_reason_or_chosen():
     x, *weights, _, _ = layer(2, 2, 4)
     with pytest.raises(RuntimeError, match="float64"):
         ops.gpn(x.double(), *weights, backend="triton")
-    assert machine.choose_backend("auto", torch.zeros(1)) == "torch"
+    assert machine.choose_backend("auto", torch.zeros(1)) == "cpu"

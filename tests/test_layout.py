@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # a room: its modules, and the rooms below it that it imports; `commands` is the package's folder
 ROOMS = {
     "kernels": (
-        "binning cpu gpn_backward gpn_cpu gpn_forward offline operands pointwise pointwise_cpu "
-        "spikes tiles",
+        "binning binning_cpu cpu events_cpu gpn_backward gpn_cpu gpn_forward offline operands "
+        "pointwise pointwise_cpu spikes tiles",
         "",
     ),
     "machine": ("device distributed files graphs interrupt profile provenance", ""),
@@ -37,8 +37,8 @@ ROOMS = {
 }
 # whoever else imports a kernel
 KERNEL_IMPORTERS = {
-    "neurons.explain", "neurons.gpn", "neurons.recurrence_torch", "neurons.spike_linear",
-    "data.binning",
+    "neurons.explain", "neurons.gpn", "neurons.recurrence_torch", "neurons.event_linear",
+    "neurons.spike_linear", "data.binning",
 }  # fmt: skip
 # what the package's face shows comes from here
 FACE = {

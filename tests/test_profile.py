@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def training():
     """A small network's training steps, each giving its loss."""
     torch.manual_seed(0)
-    model = SpikingClassifier([8], inputs=10, classes=4, backend="torch")
+    model = SpikingClassifier([8], inputs=10, classes=4)
     optimizer = torch.optim.Adam(model.parameters())
     x, labels = torch.rand(6, 3, 10), torch.zeros(3, dtype=torch.long)
     while True:

@@ -1,16 +1,14 @@
 """A batch of samples as the input of a network: spike counts [T, B, C], or a list of events.
 
-This is the specification, what runs on a CPU, and the choice of kernels/binning.py on a GPU. Events
-are augmented first (see data/augmentation.py) and then fall into a time bin and a channel. Times
-are float32 with one rounding an operation, so that the kernel, compiled without fused multiply-add,
-reproduces every count.
+This is the specification, and the choice of kernels/binning.py on a GPU and kernels/binning_cpu.py
+on a CPU. Events are augmented first (see data/augmentation.py) and then fall into a time bin and a
+channel. Times are float32 with one rounding an operation, so that the kernels, compiled without
+fused multiply-add, reproduce every count.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,37 +16,25 @@ from gpn_triton.data.augmentation import (
     Augmentation,
     Draws,
     change,
-    draw_shift,
     noise_events,
     ranks,
     spread,
-    where,
 )
 from gpn_triton.data.events import DeviceEvents
-from gpn_triton.machine.device import choose_backend
+from gpn_triton.machine.device import BACKENDS, choose_backend
 from gpn_triton.neurons.event_linear import Cells
 
 # of the draws: what they depend on beside the sample and the event
 Key = Tensor | tuple[int, int]
 STYLES = ("counts", "authors")
-# there is no kernel for a CPU
-BACKENDS = ("auto", "triton", "torch")
 OVERFLOWS = ("drop", "clip")
-NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# samples counted at once on a CPU: enough that calls cost little, few enough that their events stay
-# in cache (EPYC, 1 thread, 64 samples of 4,200 events, T = 50, all augmentations: 20.2 ms at 16,
-# 16.2 at 32, 14.9 at 64; 256 samples: 108, 92, 97, and 108 at 128)
-CPU_SAMPLES = 64
 # events a cell up to which a sorted list of them is faster than dense counts, from binning to the
-# weight's gradient (EPYC, 1 thread, 700 channels, 32 samples, 128 and 512 neurons: at 0.24, T = 50,
-# 1.0 and 1.1 times as fast, at 0.12 1.5 and 2.4, at 0.05 2.8 and 5.2, at 0.01, T = 1000, 11 and 6;
-# with 2 threads on a busy machine it breaks even near 0.1)
-CELLS_DENSITY = 0.05
-# bytes of kept counts for a byte of events, and MiB of them, up to which they are kept: they save
-# most of a batch's time where memory is not short
-KEPT_SHARE, KEPT_MIB = 4, 1024
+# weight's gradient (EPYC, 700 channels, 32 and 256 samples: at 0.33 0.8 to 1.0 times as fast with
+# one thread and 0.5 to 0.9 with two, at 0.16 1.4 to 1.6 and 0.8 to 1.0, at 0.04 4.8 to 5.8 and 3.6
+# to 5.1, 128 to 512 neurons)
+CELLS_DENSITY = 0.12
 
 
 @dataclass(frozen=True)
@@ -108,8 +94,8 @@ def batch_input(
 ) -> Tensor | Cells:  # fmt: skip
     """Some samples in the form in which the network takes them soonest.
 
-    On a CPU that is a list of events, where the samples have few a cell, or a copy of counts that
-    are kept; else events are counted. The numbers are the same in every form.
+    On a CPU that is a list of events, where the samples have few a cell; else events are counted.
+    The numbers are the same in either form.
 
     Args:
         events, indices, config, augmentation: as in bin_batch. key: its draw_key.
@@ -119,11 +105,6 @@ def batch_input(
     """
     if sparse and prefers_cells(events, config):
         return bin_cells(events, indices, config, augmentation, key)
-    _check(indices, augmentation, key)
-    if events.kept is not None:
-        counts = _kept_counts(events, indices, config, augmentation, key)
-        if counts is not None:
-            return counts
     return bin_batch(events, indices, config, augmentation, key)
 
 
@@ -151,7 +132,7 @@ def bin_batch(
         augmentation: what to change; None: nothing.
         draw_key [2] int64: see Key; such as (seed, epoch), of which the low 32 bits count. A tensor
             on the events' device, or two integers. Needed with an augmentation.
-        backend: triton (CUDA, or CPU tensors under Triton's interpreter), torch, or auto; see
+        backend: triton (CUDA, or CPU tensors under Triton's interpreter), cpu, torch, or auto; see
             device.choose_backend. Counts are the same, bit for bit.
     Returns:
         counts [T, B, ceil(C / channel_bin)] of config.dtype.
@@ -163,7 +144,13 @@ def bin_batch(
     _check(indices, augmentation, draw_key)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if choose_backend(backend, events.times) == "triton":
+    how = choose_backend(backend, events.times)
+    if how == "cpu":
+        from gpn_triton.kernels import binning_cpu
+
+        counts = binning_cpu.binning_count(events, indices, config, augmentation, draw_key)
+        return counts.to(config.dtype)
+    if how == "triton":
         from gpn_triton.kernels.binning import binning_count
 
         key = None
@@ -177,11 +164,9 @@ def bin_batch(
             )  # fmt: skip
 
     counts = torch.zeros(config.shape(events, indices), device=indices.device)
-    for cell, weight in _cells(events, indices, config, augmentation, draw_key):
-        if weight is None:
-            weight = torch.ones_like(cell, dtype=torch.float32)
-        # sums of ones are exact in float32, in whatever order
-        counts.view(-1).scatter_add_(0, cell, weight)
+    cell, weight = _cells(events, indices, config, augmentation, draw_key)
+    # sums of ones are exact in float32, in whatever order
+    counts.view(-1).scatter_add_(0, cell, weight)
     return counts.to(config.dtype)
 
 
@@ -189,7 +174,7 @@ def bin_cells(
     events: DeviceEvents, indices: Tensor, config: BinningConfig,
     augmentation: Augmentation | None = None, draw_key: Key | None = None,
 ) -> Cells:  # fmt: skip
-    """The events that bin_batch counts, as a sorted list for event_linear; in torch alone.
+    """The events that bin_batch counts, as a sorted list for event_linear; on a CPU alone.
 
     Args:
         events, indices, config, augmentation, draw_key: as bin_batch; config.dtype is not used.
@@ -198,71 +183,11 @@ def bin_cells(
     Raises:
         ValueError: indices of another type or shape, or an augmentation without a key.
     """
+    from gpn_triton.kernels import binning_cpu
+
     _check(indices, augmentation, draw_key)
-    found = [indices.new_empty(0)]
-    for cell, weight in _cells(events, indices, config, augmentation, draw_key):
-        found.append(cell if weight is None else cell[weight > 0])
-    return Cells.from_cells(torch.cat(found), config.shape(events, indices))
-
-
-class KeptCounts:
-    """Counts of a set's samples as bytes, each made when it is first asked for.
-
-    A batch then copies rows instead of counting events. The samples' events must stay as they are.
-    Nothing is kept of a set where that would be large (see KEPT_SHARE) or a count is above 255.
-
-    Args:
-        events: the set, on a CPU. config: how its events are binned.
-    """
-
-    def __init__(self, events: DeviceEvents, config: BinningConfig):
-        shape = (len(events), config.time_bins, config.columns(events.num_channels))
-        most = KEPT_SHARE * (events.times.nbytes + events.units.nbytes)
-        fits = math.prod(shape) <= min(most, KEPT_MIB << 20)
-        self._config, self._made = config, np.zeros(len(events), bool)
-        # memory is taken when it is first written
-        self._counts = np.zeros(shape, np.uint8) if fits else None
-
-    def batch(self, events: DeviceEvents, indices: Tensor, shifts: list[int]) -> Tensor | None:
-        """Counts [T, B, columns] uint8 of samples moved by so many columns, where they are kept."""
-        samples = indices.numpy()
-        missing = np.unique(samples[~self._made[samples]])
-        if self._counts is not None and len(missing):
-            counts = bin_batch(events, torch.from_numpy(missing), self._config, backend="torch")
-            if counts.max() > 255:
-                self._counts = None
-            else:
-                self._counts[missing] = counts.transpose(0, 1).to(torch.uint8).numpy()
-                self._made[missing] = True
-        if self._counts is None:
-            return None
-        _, T, columns = self._counts.shape
-        batch = np.zeros((T, len(samples), columns), np.uint8)
-        for slot, (k, shift) in enumerate(zip(samples, shifts, strict=True)):
-            a, b = max(shift, 0), columns + min(shift, 0)
-            batch[:, slot, a:b] = self._counts[k, :, a - shift : b - shift]
-        return torch.from_numpy(batch)
-
-
-def _kept_counts(
-    events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
-    key: Key | None,
-) -> Tensor | None:  # fmt: skip
-    """What bin_batch returns, from kept counts; None where these cannot tell."""
-    shifts = [0] * len(indices)
-    if augmentation is not None:
-        moves = augmentation == Augmentation(augmentation.channel_shift)
-        if not moves or config.style != "counts" or config.channel_bin > 1:
-            return None
-        # further than all channels is as far
-        reach, draws = events.num_channels, Draws.of(events, indices, key)
-        shifts = draw_shift(augmentation, draws).clamp(-reach, reach).tolist()
-    if config not in events.kept:
-        # one binning at a time bounds the memory
-        events.kept.clear()
-        events.kept[config] = KeptCounts(events, config)
-    counts = events.kept[config].batch(events, indices, shifts)
-    return None if counts is None else counts.to(config.dtype)
+    listed = binning_cpu.binning_list(events, indices, config, augmentation, draw_key)
+    return Cells(config.shape(events, indices), *listed)
 
 
 def _check(indices: Tensor, augmentation: Augmentation | None, draw_key: Key | None) -> None:
@@ -276,70 +201,41 @@ def _check(indices: Tensor, augmentation: Augmentation | None, draw_key: Key | N
 def _cells(
     events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
     draw_key: Key | None,
-) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
-    """For one block of samples after the other: each event's place in counts.flatten() [E] int64,
-    and 1 for an event that stays, 0 for another [E] float32; None: all stay."""
-    shape = config.shape(events, indices)
-    _, B, columns = shape
-    # half the bytes of int64 is two thirds of the time
-    short = torch.int32 if math.prod(shape) < 1 << 31 else torch.int64
-    step = CPU_SAMPLES if indices.device.type == "cpu" else max(B, 1)
-    for a in range(0, B, step):
-        block = indices[a : a + step]
-        t, unit, first, count = _collect(events, block, short)
-        slots = torch.arange(a, a + len(block), dtype=short, device=t.device) * columns
-        row, weight = spread(slots, count), None
-        if augmentation is not None:
-            draws = Draws.of(events, block, draw_key)
-            t, unit, weight = change(augmentation, draws, t, unit, count, events.num_channels)
-            if augmentation.noise:
-                last = first + count - 1
-                noise = noise_events(augmentation.noise, draws, events, count, last)
-                t, unit = torch.cat([t, noise[0]]), torch.cat([unit, noise[1].to(short)])
-                row = torch.cat([row, spread(slots, noise[2])])
-                if weight is not None:
-                    weight = torch.cat([weight, torch.ones_like(noise[0])])
-        jittered = augmentation is not None and augmentation.time_jitter > 0
-        bin, channel, weight = _place(config, t, unit, weight, events.num_channels, jittered)
-        yield bin.mul_(B * columns).add_(row).add_(channel).long(), weight
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each event's place in counts.flatten() [E] int64, and 1 for an event that stays, 0 for
+    another [E] float32."""
+    _, B, columns = config.shape(events, indices)
+    first, end = (events.offsets.index_select(0, indices + k) for k in (0, 1))
+    count = end - first
+    where_from = ranks(count).add_(spread(first, count))
+    t = events.times.index_select(0, where_from)
+    unit = events.units.index_select(0, where_from).long().bitwise_and_(0xFFFF)
+    slots = torch.arange(B, device=t.device)
+    slot, weight = spread(slots, count), torch.ones_like(t)
+    if augmentation is not None:
+        draws = Draws.of(events, indices, draw_key)
+        t, unit, weight = change(augmentation, draws, t, unit, count, events.num_channels)
+        if augmentation.noise:
+            noise = noise_events(augmentation.noise, draws, events, count, end - 1)
+            t, unit = torch.cat([t, noise[0]]), torch.cat([unit, noise[1]])
+            slot = torch.cat([slot, spread(slots, noise[2])])
+            weight = torch.cat([weight, torch.ones_like(noise[0])])
+    bin, channel, inside = _place(config, t, unit, events.num_channels)
+    return (bin * B + slot) * columns + channel, weight * inside
 
 
 def _place(
-    config: BinningConfig, t: Tensor, unit: Tensor, weight: Tensor | None, channels: int,
-    jittered: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Each event's time bin and column, of unit's type, and its weight as in _cells.
-
-    jittered: whether times may lie below 0. t is changed in place.
-    """
+    config: BinningConfig, t: Tensor, unit: Tensor, channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each event's time bin and column, int64, and whether it lies in the window."""
     T = config.time_bins
     if config.style == "authors":
         edges = torch.arange(T, dtype=torch.float64, device=t.device) * (1 / T)
-        bin = torch.bucketize(t, edges.half().float(), out_int32=True).to(unit.dtype)
-        weight = where(where(weight, torch.lt, bin, T), torch.gt, unit, 0)
-        return bin.clamp_(max=T - 1), (channels - unit).clamp_(max=channels - 1), weight
+        bin = torch.bucketize(t, edges.half().float())
+        inside = (bin < T) & (unit > 0)
+        return bin.clamp(max=T - 1), (channels - unit).clamp(max=channels - 1), inside
+    inside = torch.ones_like(unit, dtype=torch.bool)
     if config.overflow == "drop":
-        weight = where(weight, torch.lt, t, config.max_time)
-        if jittered:
-            weight = where(weight, torch.ge, t, 0)
-    bin = t.mul_(T / config.max_time).clamp_(0, T - 1).to(unit.dtype)
-    return bin, unit if config.channel_bin == 1 else unit // config.channel_bin, weight
-
-
-def _collect(
-    events: DeviceEvents, indices: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Times [E] float32 and units [E] of some samples, copies, one sample behind the other; first
-    event and number of events of each sample [B] int64."""
-    first, end = (events.offsets.index_select(0, indices + k) for k in (0, 1))
-    count = end - first
-    if indices.device.type == "cpu":
-        # samples are runs of memory: 0.1 ms for 64 of 2,700 events, by index 1.0 (EPYC, 1 thread)
-        spans = list(map(slice, first.tolist(), end.tolist()))
-        times, units = events.times.numpy(), events.units.numpy().view("uint16")
-        t = np.concatenate([times[span] for span in spans])
-        unit = np.concatenate([units[span] for span in spans], dtype=NUMPY[dtype])
-        return torch.from_numpy(t), torch.from_numpy(unit), first, count
-    where_from = ranks(count).add_(spread(first, count))
-    unit = events.units.index_select(0, where_from).to(dtype).bitwise_and_(0xFFFF)
-    return events.times.index_select(0, where_from), unit, first, count
+        inside = (t < config.max_time) & (t >= 0)
+    bin = (t * (T / config.max_time)).clamp(0, T - 1).long()
+    return bin, unit // config.channel_bin, inside

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -119,8 +118,7 @@ class DeviceEvents:
     Attributes:
         times [E] float32, units [E] int16 (the bits of uint16), offsets [S + 1] int64, labels [S]
         int64: as in EventStore. numbers: as given. num_channels: C. longest, mean: events of the
-        longest sample, and of a sample on average. kept: where binning.batch_input keeps counts of
-        these samples, by binning; None: nowhere.
+        longest sample, and of a sample on average.
     """
 
     def __init__(
@@ -134,7 +132,6 @@ class DeviceEvents:
         self.num_channels, self.numbers = store.num_channels, numbers
         self.longest = int(np.diff(store.offsets).max(initial=0))
         self.mean = len(store.times) / max(len(store), 1)
-        self.kept: dict[Any, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

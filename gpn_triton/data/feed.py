@@ -55,10 +55,7 @@ def make_feed(
         free = torch.cuda.mem_get_info(device)[0] / MIB
         limit, why = free / 2, f" ({free:.0f} MiB free)"
     if limit is None or size <= limit:
-        events = DeviceEvents(store, device)
-        if device.type == "cpu" and limit is None:
-            events.kept = {}
-        return Feed(events), f"{line}, resident on {device}{why}"
+        return Feed(DeviceEvents(store, device)), f"{line}, resident on {device}{why}"
     return StreamedFeed(store, device, limit), (
         f"{line}, streamed in shards of up to {limit / 2:.0f} MiB "
         f"(limit {limit:.0f} MiB: one shard in use, one on its way)"

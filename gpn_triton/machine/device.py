@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
+# processor features of which one multiplies matrices of the half type in hardware
+HALF_UNITS = {
+    torch.bfloat16: ("avx512bf16", "amx-bf16", "bf16"),
+    torch.float16: ("avx512fp16", "amx-fp16", "fullfp16"),
+}
 # measured on such a card: a bfloat16 matrix product and a device-to-device copy
 STATED = {"H200": (790e12, 4.3e12)}
 
@@ -33,12 +38,13 @@ def choose_device(name: str) -> torch.device:
 def choose_backend(backend: str, x: Tensor) -> str:
     """triton, cpu or torch; raises RuntimeError if one was asked for by name and cannot run.
 
-    auto is triton on a GPU whose kernels can run, else torch. Called within the operators, where
-    torch.compile does not look. An operator that has no kernel for a CPU takes cpu for torch.
+    auto is cpu on a CPU, triton on a GPU whose kernels can run, else torch. Called within the
+    operators, where torch.compile does not look. An operator that has no kernel for a CPU takes cpu
+    for torch.
     """
-    if backend == "torch" or (backend == "auto" and not x.is_cuda):
-        return "torch"
     if backend == "auto":
+        if x.device.type == "cpu":
+            return "cpu"
         return "triton" if triton_unavailable(x) is None else "torch"
     if reason := unavailable(backend, x):
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
@@ -47,17 +53,10 @@ def choose_backend(backend: str, x: Tensor) -> str:
 
 def unavailable(backend: str, x: Tensor) -> str | None:
     """Why a backend asked for by name cannot take x, with what would help; None if it can."""
-    if backend in ("auto", "torch"):
-        return None
-    return cpu_unavailable(x) if backend == "cpu" else triton_unavailable(x)
-
-
-def cpu_unavailable(x: Tensor) -> str | None:
-    """Why the kernels for a CPU cannot take x, with what would help; None if they can."""
-    if x.device.type != "cpu":
+    if backend == "triton":
+        return triton_unavailable(x)
+    if backend == "cpu" and x.device.type != "cpu":
         return f"x is on {x.device}; move it to the CPU"
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed (pip install 'gpn-triton[cpu]')"
     return None
 
 
@@ -107,6 +106,16 @@ def thread_slowdown(rounds: int = 9) -> float:
     finally:
         torch.set_num_threads(threads)
     return seconds[threads] / seconds[1]
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of a half type in hardware."""
+    if device.type != "cpu":
+        return True
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return any(features.get(name) for name in HALF_UNITS[dtype])
 
 
 def kernel_limits() -> dict[str, int]:

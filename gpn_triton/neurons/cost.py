@@ -155,7 +155,7 @@ def training_floor(
     classes: int,
     T: int,
     samples: int,
-    amp: str | None,
+    amp: torch.dtype | None,
     ceilings: Ceilings,
 ) -> float | None:
     """Seconds that training on so many samples takes at least; bins and updates are not counted.
@@ -163,7 +163,7 @@ def training_floor(
     Args:
         work: of the neurons, networks.NEURONS[name].work. hidden: neurons of each layer.
         channels: inputs C. T: time bins. samples: of this device's share.
-        amp: as --amp: elements of 2 bytes, without it of 4. ceilings: of the device.
+        amp: a half type, elements of 2 bytes; None: float32, of 4. ceilings: of the device.
     Returns:
         Seconds; None where the neurons' work is not counted.
     """

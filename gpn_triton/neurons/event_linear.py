@@ -3,9 +3,9 @@
     y[t, b]        = bias + sum of weight[:, c] over the events of time bin t and sample b
     g_weight[:, c] = sum of g_y[t, b] over the events of channel c
 
-Both are sums of table rows over segments of a sorted list (torch's embedding_bag), each sum taken
-in the list's order: no dense counts exist, and results do not change from run to run. They equal
-those of F.linear on the counts but for the order of float sums.
+For a CPU (kernels/events_cpu.py). Each sum is taken in the list's order: no dense counts exist, and
+results do not change from run to run. They equal those of F.linear on the counts but for the order
+of float sums.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from gpn_triton.neurons.derivatives import beyond_operators
 
 @dataclass(frozen=True)
 class Cells:
-    """Binned events of a batch, one entry an event, sorted by time bin, sample and channel.
+    """Binned events of a batch, one entry an event, sorted by time bin and sample.
 
-    shape: (T, B, C) of the counts. channel [E], row [E] int: input channel and t B + b of each
-    event. row_start [T B + 1] int: where each row's events begin in channel.
+    shape: (T, B, C) of the counts. channel [E] int: input channel of each event. row_start
+    [T B + 1] int: where the events of bin t and sample b begin, at t B + b.
     """
 
     shape: tuple[int, int, int]
     channel: Tensor
-    row: Tensor
     row_start: Tensor
 
     @classmethod
@@ -41,10 +40,9 @@ class Cells:
             cell [E] int64: place of each event in counts.flatten(), in any order. shape: (T, B, C).
         """
         T, B, C = shape
-        short = torch.int32 if T * B * C < 1 << 31 else torch.int64
-        cell = cell.to(short).sort().values
+        cell = cell.sort().values
         row = cell // C
-        return cls(shape, cell - row * C, row, _starts(row, T * B))
+        return cls(shape, cell - row * C, torch.searchsorted(row, torch.arange(T * B + 1)))
 
     def sums(self) -> Tensor:
         """Each channel's counts, summed over bins and samples [C] float64."""
@@ -54,10 +52,10 @@ class Cells:
     def dense(self) -> Tensor:
         """The counts [T, B, C] float32."""
         T, B, C = self.shape
-        cell = self.row.long() * C + self.channel
-        counts = torch.zeros(T * B * C, device=cell.device)
+        row = torch.arange(T * B).repeat_interleave(self.row_start.diff())
+        counts = torch.zeros(T * B * C)
         # sums of ones are exact in whatever order
-        return counts.index_add_(0, cell, torch.ones_like(cell, dtype=counts.dtype)).view(T, B, C)
+        return counts.index_add_(0, row * C + self.channel, torch.ones(len(row))).view(T, B, C)
 
 
 def event_linear(cells: Cells, weight: Tensor, bias: Tensor) -> Tensor:
@@ -85,12 +83,36 @@ def event_linear(cells: Cells, weight: Tensor, bias: Tensor) -> Tensor:
     return y if autocast is None else y.to(autocast)
 
 
+@torch.library.custom_op("gpn_triton::event_gather", mutates_args=())
+def _gather(table: Tensor, bias: Tensor, channel: Tensor, row_start: Tensor) -> Tensor:
+    from gpn_triton.kernels import events_cpu
+
+    return events_cpu.event_gather(table, bias, channel, row_start)
+
+
+@_gather.register_fake
+def _(table, bias, channel, row_start):
+    return table.new_empty(row_start.shape[0] - 1, table.shape[1])
+
+
+@torch.library.custom_op("gpn_triton::event_scatter", mutates_args=())
+def _scatter(g_y: Tensor, channel: Tensor, row_start: Tensor, channels: int) -> Tensor:
+    from gpn_triton.kernels import events_cpu
+
+    return events_cpu.event_scatter(g_y, channel, row_start, channels)
+
+
+@_scatter.register_fake
+def _(g_y, channel, row_start, channels):
+    return g_y.new_empty(channels, g_y.shape[1])
+
+
 class _EventLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(cells, weight, bias):
-        return _sum_rows(weight.t().contiguous(), cells.channel, cells.row_start).add_(bias)
+        return _gather(weight.t().contiguous(), bias, cells.channel, cells.row_start)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -108,10 +130,8 @@ class _EventLinearBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(cells, g_y):
-        channel, order = cells.channel.sort(stable=True)
-        row = cells.row.index_select(0, order)
-        g_weight = _sum_rows(g_y.contiguous(), row, _starts(channel, cells.shape[2]))
-        return g_weight.t(), g_y.sum(0)
+        g_table = _scatter(g_y.contiguous(), cells.channel, cells.row_start, cells.shape[2])
+        return g_table.t(), g_y.sum(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -120,14 +140,3 @@ class _EventLinearBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_g_weight, g_g_bias):
         return None, _EventLinear.apply(ctx.cells, g_g_weight, g_g_bias)
-
-
-def _sum_rows(table: Tensor, index: Tensor, start: Tensor) -> Tensor:
-    """out[s] = sum of table[index[e]] for start[s] <= e < start[s + 1]: [S, N]."""
-    return F.embedding_bag(index, table, start, mode="sum", include_last_offset=True)
-
-
-def _starts(group: Tensor, groups: int) -> Tensor:
-    """start [groups + 1]: where each group begins in a sorted list of group numbers."""
-    numbers = torch.arange(groups + 1, dtype=group.dtype, device=group.device)
-    return torch.searchsorted(group, numbers, out_int32=group.dtype == torch.int32)

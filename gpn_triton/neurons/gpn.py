@@ -55,10 +55,11 @@ def gpn(
         v0 [B, N] float: membrane at t = 0. Default: v_reset.
         variant: full, no-fi, no-i, no-t, no-b or no-fitb (the paper's ablations).
         surrogate: atan, sigmoid, fast-sigmoid or triangle; alpha: its width, larger is narrower.
-        backend: triton (CUDA, or CPU tensors under Triton's interpreter), cpu (kernels that Numba
-            compiles at the first call, for CPU tensors), torch (any device), or auto: triton for
-            CUDA tensors up to float32 where the kernels can run (device.triton_unavailable says),
-            else torch. A backend asked for by name runs or raises.
+        backend: triton (CUDA, or CPU tensors under Triton's interpreter), cpu (kernels for CPU
+            tensors, which Numba compiles at a machine's first call), torch (the specification
+            itself, on any device: a loop in Python), or auto: cpu for CPU tensors, triton for CUDA
+            tensors up to float32 where the kernels can run (device.triton_unavailable says), else
+            torch. A backend asked for by name runs or raises.
         checkpoint_every: save the membrane every so many steps for backward and replay the steps
             between; None or 1 saves every step.
         output: spikes, or mean: only their mean over time, so that [T, B, N] is never written.
@@ -163,6 +164,15 @@ def _loop(x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOpt
             x.to(v0.dtype), *weights, v_reset, v0, options.variant, options.surrogate, options.alpha
         )
     return spikes.mean(0) if options.output == "mean" else spikes.to(x.dtype), v_final
+
+
+def compiles_first(backend: str, x: Tensor) -> bool:
+    """Whether the first call for x will compile kernels for this CPU: some 10 s, once a machine."""
+    if choose_backend(backend, x) != "cpu":
+        return False
+    from gpn_triton.kernels import gpn_cpu
+
+    return not gpn_cpu.is_compiled()
 
 
 def _plan(x: Tensor, variant: str, every: int):

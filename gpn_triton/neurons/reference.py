@@ -1,7 +1,7 @@
 """The specification of the neurons: loops for autograd, and GPN's adjoint written by hand.
 
 Everything runs in any floating dtype on any device and imports no Triton. What computes GPN faster,
-recurrence_torch and the kernels, is judged against this file in float64.
+the kernels, is judged against this file in float64.
 
     z[t]   = weight_v v[t] + weight_x x[t] + bias        -> z_f, z_i, z_b, z_theta
     f, i   = sigmoid(z_f), sigmoid(z_i)     theta = sigmoid(z_theta)     b = tanh(z_b)
@@ -9,8 +9,8 @@ recurrence_torch and the kernels, is judged against this file in float64.
     s[t]   = 1 if h[t] >= theta else 0
     v[t+1] = (1 - s[t]) h[t] + s[t] v_reset + b          (s detached; b added after the reset)
 
-A formula is written here, and once in each kind of kernel: in recurrence_torch.py and in
-kernels/pointwise.py.
+A formula is written here, and once in each kind of kernel: in kernels/pointwise.py and in
+kernels/pointwise_cpu.py.
 
 Sizes: T time bins, B batch, N neurons, G gates of the variant (4 in full).
 Source: Wang, Zhang, Li, Wu, arXiv 2412.01087; the authors' implementation where the two differ.

@@ -7,6 +7,7 @@ import torch
 from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import BinningConfig
 from gpn_triton.data.datasets import Splits
+from gpn_triton.machine.device import multiplies
 from gpn_triton.neurons.networks import SpikingClassifier
 from gpn_triton.training.options import AMP, TrainConfig
 
@@ -52,9 +53,16 @@ def build_model(cfg: TrainConfig, channels: int, classes: int) -> SpikingClassif
     return SpikingClassifier(**network_arguments(cfg, channels, classes))
 
 
-def build_binning(cfg: TrainConfig) -> BinningConfig:
-    """How a configuration bins events; counts come in the dtype of its mixed precision."""
-    return BinningConfig(**cfg.settings(BinningConfig), dtype=AMP[cfg.amp] or torch.float32)
+def build_binning(cfg: TrainConfig, dtype: torch.dtype = torch.float32) -> BinningConfig:
+    """How a configuration bins events, into counts of the dtype."""
+    return BinningConfig(**cfg.settings(BinningConfig), dtype=dtype)
+
+
+def amp_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The half type of a configuration's mixed precision. None: float32, as asked for, or since
+    this CPU has no arithmetic for that type and would take several times as long to emulate it."""
+    dtype = AMP[cfg.amp]
+    return dtype if dtype and multiplies(dtype, device) else None
 
 
 def build_augmentation(cfg: TrainConfig) -> Augmentation | None:

@@ -16,7 +16,7 @@ from gpn_triton.machine.distributed import ALONE, World
 from gpn_triton.machine.graphs import Graphs
 from gpn_triton.neurons.event_linear import Cells
 from gpn_triton.neurons.networks import NEURONS, Draws, SpikingClassifier
-from gpn_triton.training.build import AMP, build_augmentation, build_binning, clip_norm
+from gpn_triton.training.build import amp_dtype, build_augmentation, build_binning, clip_norm
 from gpn_triton.training.objective import Means, blank_totals, loss_and_totals, means
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.schedule import Schedule
@@ -46,7 +46,7 @@ class Engine:
         self, cfg: TrainConfig, model: SpikingClassifier, device: torch.device, world: World = ALONE
     ):
         self.cfg, self.model, self.device, self.world = cfg, model, device, world
-        self.amp, cuda = AMP[cfg.amp], device.type == "cuda"
+        self.amp, cuda = amp_dtype(cfg, device), device.type == "cuda"
         self.graphs = Graphs(device, cuda and not cfg.no_graph and world.size == 1)
         self.schedule = Schedule(cfg)
         # numbers that change from step to step live on the device, where a replay finds them
@@ -61,7 +61,7 @@ class Engine:
             model.parameters(), self.lr, weight_decay=cfg.weight_decay, fused=True, capturable=cuda
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-        self.binning = build_binning(cfg)
+        self.binning = build_binning(cfg, self.amp or torch.float32)
         self.augmentation = build_augmentation(cfg)
         self.parameter_names = [name for name, _ in model.named_parameters()]
         # how many steps were left out; of the last of them the loss, and whose gradients were bad

@@ -13,9 +13,10 @@ from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
 from gpn_triton.machine.device import choose_device, thread_slowdown, unavailable
 from gpn_triton.machine.distributed import World
+from gpn_triton.neurons.gpn import compiles_first
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training import run_folder
-from gpn_triton.training.build import build_network
+from gpn_triton.training.build import amp_dtype, build_network
 from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.run import Interrupted, Run
@@ -35,8 +36,8 @@ def run_experiment(cfg: TrainConfig) -> None:
     device = choose_device(cfg.device)
     if not cfg.eval_only:
         check_trackers(cfg.track)
-    reason = NEURONS[cfg.neuron].is_gpn and unavailable(cfg.backend, torch.empty(1, device=device))
-    if reason:
+    is_gpn, example = NEURONS[cfg.neuron].is_gpn, torch.empty(1, device=device)
+    if is_gpn and (reason := unavailable(cfg.backend, example)):
         raise ValueError(f"backend: {cfg.backend} cannot run: {reason}")
     if cfg.deterministic:
         # cuBLAS asks for this to be deterministic
@@ -54,6 +55,13 @@ def run_experiment(cfg: TrainConfig) -> None:
                 f"warning: {threads} threads take {slowdown:.1f} times as long as one for a small "
                 "product, since other work holds the cores: OMP_NUM_THREADS=1 would be faster"
             )
+        if cfg.amp and not amp_dtype(cfg, device):
+            world.say(
+                f"--amp {cfg.amp}: this CPU has no arithmetic for it and would emulate it, several "
+                "times as slow: computing in float32"
+            )
+        if is_gpn and compiles_first(cfg.backend, example):
+            world.say("the first step compiles the kernels for this CPU, once: some 10 s")
         if cfg.eval_only:
             evaluate_run(cfg, Path(cfg.eval_only), splits, device, world)
             return

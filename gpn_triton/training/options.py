@@ -101,8 +101,8 @@ class TrainConfig:
         help="Records N training steps and leaves in the run's folder where their time goes, as a "
         "table and as a Chrome trace.")
     backend: str = option("Run", "auto", result=False, choices=BACKENDS,
-        help="Chooses what computes the GPN neurons; auto takes triton on a GPU, torch on a CPU; "
-        "cpu, by name, takes kernels that Numba compiles.")
+        help="Chooses what computes the GPN neurons; auto takes triton on a GPU, on a CPU cpu ("
+        "kernels that Numba compiles), elsewhere torch, a loop.")
     amp: str | None = option("Run", None, newcomer=True, choices=tuple(filter(None, AMP)),
         nargs="?", const="bf16",
         help="Computes in mixed precision: in bf16, or in fp16 where that is named.")

@@ -98,6 +98,7 @@ class Run:
         self.header = {
             "config": {**cfg.to_dict(), "seed": seed},
             **provenance(device),
+            "computes_in": str(self.engine.amp or torch.float32).removeprefix("torch."),
             "processes": world.size,
             "class_names": splits.train.class_names,
         }
@@ -298,7 +299,7 @@ class Run:
         best = ceilings(self.device)
         floor = training_floor(
             NEURONS[cfg.neuron].work, cfg.hidden, *network_sizes(cfg, self.splits), cfg.time_bins,
-            -(-len(self.training) // self.world.size), cfg.amp, best,
+            -(-len(self.training) // self.world.size), self.engine.amp, best,
         )  # fmt: skip
         result = {
             "test_accuracy": test.accuracy,

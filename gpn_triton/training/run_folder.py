@@ -287,7 +287,7 @@ def load_run(run: str | Path) -> TrainedRun:
     Args:
         run: a folder as the training command leaves it; of several seeds the folder of one.
     Returns:
-        the run; its model computes with the torch backend.
+        the run; its model computes where it is, with the backend auto.
     Raises:
         FileNotFoundError: no config.json or no weights there.
         ValueError: a file that cannot be read, weights that do not fit the configuration or are not
@@ -306,7 +306,7 @@ def load_run(run: str | Path) -> TrainedRun:
     except (SafetensorError, OSError, IndexError) as error:
         raise ValueError(f"weights: {weights} cannot be read: {error}") from None
     # what is computed is the same with every backend
-    cfg = TrainConfig(**{**values, "backend": "torch"})
+    cfg = TrainConfig(**{**values, "backend": "auto"})
     model = build_model(cfg, build_binning(cfg).columns(NUM_CHANNELS), classes)
     load_weights(weights, model)
     for name, tensor in model.state_dict().items():
