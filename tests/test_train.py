@@ -90,7 +90,8 @@ def test_a_run_learns_and_leaves_its_files(files, capsys):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert result["test_accuracy"] >= 0.9
     assert result["valid_accuracy"] == max(line["valid_accuracy"] for line in lines[1:])
-    assert result["parameters"] == 700 * 8 + 8 + 2 * 32 * 8 + 32 + 8 * 2 + 2
+    # a Linear with its gain, the gates, the readout
+    assert result["parameters"] == 700 * 8 + 2 * 8 + 2 * 32 * 8 + 32 + 8 * 2 + 2
     assert result["epochs"] == 12 == len(lines) - 1 and result["seed"] == 3
     assert lines[0]["config"]["lr"] == 0.02 and lines[0]["versions"]["torch"] == torch.__version__
     assert lines[-1]["train_loss"] < lines[1]["train_loss"]
