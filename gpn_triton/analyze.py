@@ -31,7 +31,7 @@ from gpn_triton.data.sources.hdf5 import read_events
 from gpn_triton.data.sources.synthetic import synthetic_events
 from gpn_triton.machine import interrupt
 from gpn_triton.machine.figure import new_figure
-from gpn_triton.neurons.networks import NEURONS, READOUTS, SpikingClassifier
+from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
 from gpn_triton.training import run_folder
 from gpn_triton.training.experiment import run_experiment
 from gpn_triton.training.options import TrainConfig
@@ -140,7 +140,9 @@ def _gradients(args: argparse.Namespace) -> None:
     found, rows = {}, []
     for T in args.time_bins:
         for subject, model, x, labels in _subjects(args, T):
-            for readout in sorted(READOUTS):
+            # a readout that sees the membrane has weights of another shape
+            own = model.readout
+            for readout in [own] if own == "membrane" else ["last", "mean"]:
                 model.readout = readout
                 layers = gradients.decays(model, x, labels)
                 found[subject, T, readout] = layers

@@ -94,7 +94,8 @@ def parse(argv: list[str] | None) -> Grid:
             raise ValueError(f"{name}: expected {expected}, got {' '.join(map(str, values))}")
     if quick:
         flags = QUICK | (QUICK_SAMPLES if data == ["synthetic"] else {}) | flags
-    base = configuration({**flags, **_files(data)})
+    # the paper's grid starts as the paper does
+    base = configuration({"init": "paper", **flags, **_files(data)})
     return Grid(base, list(dict.fromkeys(neurons)), list(dict.fromkeys(rates)), Path(out), jobs)
 
 

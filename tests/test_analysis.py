@@ -143,7 +143,7 @@ def runs(tmp_path_factory):
     for name, samples in (("train", 40), ("test", 20)):
         write_events(folder / f"{name}.h5", make_store(samples, 2, **FILES))
     made = []
-    for neuron, more in (("gpn", ["--keep-epochs", "0", "1"]), ("lif", [])):
+    for neuron, more in (("gpn", ["--keep-epochs", "0", "1", "--init", "paper"]), ("lif", [])):
         out = folder / neuron
         assert train.main([
             "--train-file", str(folder / "train.h5"), "--test-file", str(folder / "test.h5"),
@@ -244,7 +244,7 @@ def test_only_gated_neurons_have_a_spread_and_only_counted_ones_a_cost():
     with pytest.raises(ValueError, match="expected GPN with gates, got a run of gpn-no-fitb"):
         distributions.check_gated(network("gpn-no-fitb"))
     cfg = TrainConfig(neuron="cnn", hidden=(4,), time_bins=6)
-    trained = run_folder.TrainedRun(cfg, network("gpn"), ("a", "b"))
+    trained = run_folder.TrainedRun(cfg, network("gpn"), ("a", "b"), 30)
     samples = bin_samples(dataclasses.replace(cfg, neuron="gpn"), make_store(4, 2))
     with pytest.raises(ValueError, match="the work of a cnn is not counted"):
         energy.measure(trained, samples, None, energy.Constants())

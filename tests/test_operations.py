@@ -85,8 +85,8 @@ def operations(monkeypatch, hidden, classes, init):
     return [name for name in mode.found if not name.startswith(RECURRENCE)]
 
 
-# before they were counted: 129 and 253, without the layers' health, which takes 11 and 10. the quiet
-# start clips, centres and scales
+# before they were counted: 129 and 253, without the layers' health, which takes 11 and 10. the
+# quiet start clips, centres and scales
 @pytest.mark.parametrize(("hidden", "classes", "init", "count"), [
     ((128,), 20, "paper", 75),
     ((128,), 20, "quiet", 93),

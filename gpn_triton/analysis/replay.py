@@ -69,4 +69,6 @@ def replay(
                 see(k, t, seen)
             spikes.append(seen.s.flatten(0, -2))
         x = torch.stack(spikes)
+    if model.readout == "membrane":
+        return model.output(torch.cat([x.mean(0), seen.v.flatten(0, -2)], -1))
     return model.output(x.mean(0) if model.readout == "mean" else x[-1])
