@@ -59,7 +59,7 @@ class Neuron:
     build: Callable[[int, int, GPNOptions, tuple[float, float] | None], nn.Module]
     work: cost.Work | None = None
     compiles_first: Callable[[str, Tensor], bool] | None = None
-    backends: Collection[str] = BACKENDS
+    backends: Collection[str] = ("auto",)
     is_gpn: bool = False
     sparse_input: bool = True
     needs_time_bins: bool = False
@@ -89,7 +89,7 @@ def _gpn(variant: str) -> Neuron:
         return GPN(N, *own, time_constants=time_constants)
 
     work = cost.gated_spiking(len(GATES[variant]))
-    return Neuron(build, work, gpn_compiles_first, is_gpn=True, membrane=_itself)
+    return Neuron(build, work, gpn_compiles_first, BACKENDS, is_gpn=True, membrane=_itself)
 
 
 def _leaky(

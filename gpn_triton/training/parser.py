@@ -203,7 +203,7 @@ def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
     ignored = {}
     if not NEURONS[cfg.neuron].is_gpn:
         ignored |= dict.fromkeys(("surrogate", "alpha", "checkpoint_every"), without)
-        if cfg.backend != "auto":
+        if cfg.backend not in NEURONS[cfg.neuron].backends:
             ignored["backend"] = without
         if cfg.neuron != "lstm":
             ignored["time_constants"] = without
