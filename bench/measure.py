@@ -183,15 +183,21 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Most bytes that torch held at once during a call, beyond what it held before.
 
     On a GPU by torch's allocator; on a CPU by the allocations that the profiler reports, which are
-    those of tensors: a library's own scratch memory is not among them.
+    those of tensors: a library's own scratch memory is not among them. There one thread computes,
+    since what another frees is not always reported.
     """
     if isinstance(call, Call):
         # else the last result and gradients are freed during the call and hide as much
         call.clear()
     if device.type == "cuda":
         return _allocated(call, device)
-    with profiler.profile(profile_memory=True) as profile:
-        call()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profiler.profile(profile_memory=True) as profile:
+            call()
+    finally:
+        torch.set_num_threads(threads)
     held = most = 0
     for event in profile.kineto_results.events():
         if event.name() == "[memory]":

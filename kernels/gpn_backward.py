@@ -234,7 +234,6 @@ def gpn_backward_stepwise_kernel(
     offs_z = rows * DEPTH + n
     rows_per_step = B.to(tl.int64)
 
-    g_v = tl.load(g_v_in_ptr + first * N + offs, mask=mask & (given != 0), other=0.0)
     if PRODUCT:
         open_z = g_z_ptr + ((row + 1) * rows_per_step + first) * DEPTH
         # three sums side by side, not one chain three times as long
@@ -254,6 +253,9 @@ def gpn_backward_stepwise_kernel(
             g_f = add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
             g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
             g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
+    # behind the product: ahead of it g_v holds registers all through the loop, and spills
+    g_v = tl.load(g_v_in_ptr + first * N + offs, mask=mask & (given != 0), other=0.0)
+    if PRODUCT:
         g_v += g_f + g_i + g_b
     if CELL:
         g_v, _, _, _ = _step(

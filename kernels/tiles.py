@@ -112,17 +112,23 @@ def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) 
     """Shared memory of the persistent kernels as {kernel: (fixed, per stage after the first)}.
 
     Fixed are the weights, the operands of the products and a tile to reorder what is stored, in
-    half types two of them forward; a stage holds every tile that a step reads. Never less than
-    triton 3.7.1 takes for sm_80 and sm_90. In bytes, for rows of PERSISTENT_B.
+    half types two of them forward, and the rows' lengths; a stage holds every tile that a step
+    reads. Never less than triton 3.7.1 takes for sm_80 and sm_90. In bytes, for rows of
+    PERSISTENT_B.
     """
     size, G = operand_dtype(dtype).itemsize, len(gates)
     serial = G - ("theta" in gates)
     weight, tile = block(N) ** 2, PERSISTENT_B * block(N)
+    # one int64 a row, in whole lines of 256 bytes
+    lengths = -(-8 * PERSISTENT_B // 256) * 256
     # backward reads z of the serial gates, x, v, g_u, rest and a word of spikes
     return {
-        "forward": (size * (G * weight + (1 + is_half(dtype)) * tile), size * (G + 1) * tile),
+        "forward": (
+            size * (G * weight + (1 + is_half(dtype)) * tile) + lengths,
+            size * (G + 1) * tile,
+        ),
         "backward": (
-            size * (serial * weight + (serial + 1) * tile),
+            size * (serial * weight + (serial + 1) * tile) + lengths,
             size * (serial + 4) * tile + 4 * tile,
         ),
     }

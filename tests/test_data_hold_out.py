@@ -127,7 +127,7 @@ def load(seed=0, **source):
 
 
 @pytest.mark.parametrize(("source", "error", "message"), [
-    ({"dataset": "sdh"}, ValueError, "dataset: expected synthetic, shd, ssc or FILE.h5, got"),
+    ({"dataset": "sdh"}, ValueError, "dataset: expected synthetic, .*mnist-10k or FILE.h5, got"),
     ({"dataset": "mine.h5"}, FileNotFoundError, "mine.h5: expected an HDF5 file"),
     ({"dataset": "ssc", "data_dir": "."}, FileNotFoundError, "--download"),
     # noticed before the training

@@ -149,7 +149,7 @@ def test_a_number_to_learn_has_its_squared_error_and_the_share_that_is_near():
     labels, said = torch.tensor([1.0, 0.5]), torch.tensor([[1.03], [1.0]])
     loss, totals = loss_and_totals(said, labels, torch.zeros(1), 1)
     assert loss.item() == pytest.approx(0.03**2 + 0.25)
-    found = means(blank_totals(1, CPU) + totals)
+    found = means(blank_totals(1, CPU) + totals, [1])
     assert (found.loss, found.accuracy) == (pytest.approx(loss.item() / 2), 0.5)
 
 

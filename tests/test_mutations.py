@@ -242,7 +242,7 @@ FAILED = [
 ]
 
 
-@pytest.mark.parametrize("place, value", FAILED, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize("place, value", FAILED, ids=lambda v: "gone" if v is GONE else str(v)[:40])
 def test_a_wrong_value_in_a_checkpoint_is_refused_or_used(check, place, value):
     check(lambda run: change_checkpoint(run, place.split(), value), "resume")
 

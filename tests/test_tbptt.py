@@ -5,8 +5,8 @@ import signal
 
 import pytest
 import torch
-from torch.autograd import profiler
 
+from bench.measure import peak_bytes
 from gpn_triton import train
 from gpn_triton.data.binning import BinningConfig, bin_batch, bin_cells
 from gpn_triton.data.events import DeviceEvents
@@ -129,15 +129,7 @@ def peak(T, K):
     net = small_engine(time_bins=T, tbptt=K, channel_shift=0, batch_size=2, hidden=(32,))
     events = resident(recall(2, T, 1.0, 99, 0))
     net.start_epoch(events, 0, 0)
-    with profiler.profile(profile_memory=True) as profile:
-        for _ in net.pieces:
-            net.train_step(events, 2)
-    held = most = 0
-    for event in profile.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return peak_bytes(lambda: [net.train_step(events, 2) for _ in net.pieces], CPU)
 
 
 def test_memory_goes_with_the_piece_and_not_with_the_sequence():

@@ -249,7 +249,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_in_one_line(files, place, value
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    ("--dataset mnist", "dataset: expected synthetic, shd, ssc or a file ending in .h5"),
+    ("--dataset mnits", "dataset: expected synthetic, "),
     ("--train-file none.h5", "none.h5"),
     ("--device tpu", "device: expected auto, cpu, cuda or cuda:K, got 'tpu'"),
     ("--device cuda:99", "device: cuda:99 is not here"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -162,7 +163,10 @@ def checkpoint_path(run: Path, epoch: int, step: int) -> Path:
 def save_checkpoint(run: Path, state: dict[str, Any], epoch: int, step: int) -> Path:
     """Write a run's state to its checkpoint_path and remove all but the newest two."""
     path = checkpoint_path(run, epoch, step)
-    write_atomically(path, lambda file: torch.save(state, file))
+    # by way of memory: torch.save hides the reason of a disk that is full
+    packed = io.BytesIO()
+    torch.save(state, packed)
+    write_atomically(path, lambda file: file.write(packed.getbuffer()))
     for old in sorted(Path(run).glob(CHECKPOINTS))[:-KEPT_CHECKPOINTS]:
         old.unlink()
     return path
