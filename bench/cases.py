@@ -77,16 +77,16 @@ _TABLE = [
     # against T and against B, at N = 128 (64 on a CPU)
     *(
         _case("recurrence", f"T{T}", (T, 256, (128,)), (t, 16, (64,)))
-        for T, t in ((20, 10), (250, 50), (1000, 200))
+        for T, t in ((20, 10), (250, 50), (1000, 200), (1600, 1600))
     ),
     *(
         _case("recurrence", f"B{B}", (100, B, (128,)), (20, b, (64,)))
         for B, b in ((32, 8), (1024, 64), (2048, 128), (8192, 256))
     ),
     *(
-        _case("recurrence", f"N{N}-B{B}", (100, B, (N,)), None)
-        for B in (32, 2048)
-        for N in (512, 256, 64)
+        _case("recurrence", f"N{N}-B{B}", (100, B, (N,)), (10, 256, (N,)) if N > 256 < B else None)
+        for B, widths in ((32, (512, 256, 64)), (2048, (1024, 512, 256, 64)))
+        for N in widths
     ),
     *(
         _case("tuning", f"N{N}-B{B}", (100, B, (N,)), None)
