@@ -9,8 +9,9 @@ READY = $(VENV)/.ready
 train: $(READY)
 	$(RUN) -m gpn_triton.train --amp $(ARGS)
 
+# a file of tests at a time in each of a few processes, which share the cores between them
 test: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

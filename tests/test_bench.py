@@ -13,6 +13,7 @@ from bench import cases, contest, gpu, measure, report, scaling, subjects
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+WORKER = "PYTEST_XDIST_WORKER"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,10 @@ def record(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "tiny.json"
     some = ["-k", "not gru and not lif and not forward_backward and not tuning", "--rounds=2"]
     where = [str(ROOT / "bench"), f"--rootdir={ROOT}", f"--benchmark-json={path}"]
-    assert pytest.main([*where, "--benchmark-only", *gpu.TINY, *some]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        # in a worker of pytest-xdist benchmarks refuse to run
+        patch.delenv(WORKER, raising=False)
+        assert pytest.main([*where, "--benchmark-only", *gpu.TINY, *some]) == 0
     return path
 
 
@@ -152,8 +156,9 @@ def test_names_are_unique_the_headline_is_never_scaled_and_a_gpu_runs_every_file
     assert files == {f"bench/{path.name}" for path in (ROOT / "bench").glob("bench_*.py")}
 
 
-def test_gpu_command_runs_at_tiny_sizes_and_records_what_it_measured(tmp_path):
+def test_gpu_command_runs_at_tiny_sizes_and_records_what_it_measured(tmp_path, monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.delenv(WORKER, raising=False)
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
     subprocess.run([*command, "--parts", "steps"], cwd=ROOT, check=True)
     found = report.records(report.read(tmp_path / "gpu-steps.json"))
