@@ -6,19 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from gpn_triton import analyze, reproduce, train
+from gpn_triton import analyze, encode, reproduce, train
+from tests.vowels import write_vowels
 
-pytest.importorskip("matplotlib")
+for extra in ("matplotlib", "soundfile", "soxr"):
+    pytest.importorskip(extra)
 TEXT = (Path(__file__).parent.parent / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [
     line for language, block in BLOCKS if not language
     for line in block.splitlines() if line.startswith("python -m")
 ]  # fmt: skip
-MAINS = {"train": train.main, "analyze": analyze.main, "reproduce": reproduce.main}
+MAINS = {
+    module.__name__.split(".")[1]: module.main for module in (train, analyze, encode, reproduce)
+}
 # of options that are given twice the last counts
 SMALLER = {
     "train": "--samples 40 --classes 2 --hidden 6 --time-bins 5 --epochs 1 --keep-epochs 0 1",
+    "encode": "--channels 20",
     "gradients": "--time-bins 4 --samples 4",
     "parameters": "",
     "heterogeneity": "--samples 24 --hidden 6 --time-bins 5 --epochs 1",
@@ -46,11 +51,12 @@ def run(command):
 def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quick = [command for command in COMMANDS if "reproduce" not in command]
-    assert len(quick) == 7
+    assert len(quick) == 8
+    write_vowels(Path("vowels"), speakers=1, each=1, seconds=0.1)
     for command in quick:
         run(command)
     pictures = {str(path) for path in Path("runs").glob("*/*.png")}
-    assert pictures == {
+    assert Path("runs/ear.png").exists() and pictures == {
         f"runs/{name}.png" for name in (
             "gradients/gradients", "fresh/gradients", "parameters/parameters", "parameters/traces",
             "heterogeneity/heterogeneity", "cost/cost")
