@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
+OLDEST = .venv-oldest
+COMPAT = kernels_interpreted kernels_binning kernels_offline kernels_cpu gpn reference lif \
+	spike_linear event_linear engine clients bench
 
-.PHONY: train test lint format bench gpu clean
+.PHONY: train test compat lint format bench gpu clean
 
 train: $(READY)
 	$(RUN) -m gpn_triton.train --amp $(ARGS)
@@ -12,6 +15,11 @@ train: $(READY)
 # a file of tests at a time in each of a few processes, which share the cores between them
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# kernels, operators, engine and benchmarks with the oldest torch and triton that are promised
+compat: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		$(addprefix tests/test_,$(addsuffix .py,$(COMPAT))) $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -34,5 +42,11 @@ $(READY): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[test]'
+	touch $(OLDEST)/.ready
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis

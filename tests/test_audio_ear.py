@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gpn_triton.audio import ear, reference
+from tests.interpreter import need_interpreter
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +108,7 @@ class Loud(ear.InnerEar):
 
 
 def test_the_triton_kernel_fires_as_its_twin_to_the_last_bit():
-    pytest.importorskip("triton")
+    need_interpreter()
     waves, keys = [np.ones(94), np.ones(10)], [7, 0xDEADBEEF]
     # of several recordings side by side, and of two programs
     found = Loud(33, DEVICE)._encode_on_gpu(waves, keys)

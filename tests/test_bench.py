@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import cases, contest, gpu, measure, report, scaling, subjects
+from tests.interpreter import need_interpreter
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_names_are_unique_the_headline_is_never_scaled_and_a_gpu_runs_every_file
 
 
 def test_gpu_command_runs_at_tiny_sizes_and_records_what_it_measured(tmp_path, monkeypatch):
-    pytest.importorskip("triton")
+    need_interpreter()
     monkeypatch.delenv(WORKER, raising=False)
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
     subprocess.run([*command, "--parts", "steps"], cwd=ROOT, check=True)

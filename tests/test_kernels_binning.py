@@ -10,6 +10,7 @@ from gpn_triton.data.augmentation import Augmentation
 from gpn_triton.data.binning import BinningConfig, bin_batch
 from gpn_triton.data.events import DeviceEvents
 from tests import interpreted_bfloat16
+from tests.interpreter import need_interpreter
 from tests.stores import make_store, store_of
 from tests.test_data_binning import (
     EVERYTHING,
@@ -20,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def bfloat16_as_on_a_gpu(monkeypatch):
-    pytest.importorskip("triton")
+    need_interpreter()
     if DEVICE == "cpu":
         interpreted_bfloat16.correct(monkeypatch)
 

@@ -17,8 +17,11 @@ from gpn_triton.kernels import tiles
 from gpn_triton.machine import device
 from gpn_triton.neurons import reference
 from tests import interpreted_bfloat16
+from tests.interpreter import need_interpreter
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import FLIPS, TOLERANCES
+
+need_interpreter()
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 STATE_BYTES = 1 << 28

@@ -17,8 +17,11 @@ from gpn_triton.neurons.reference import GATES, gpn_loop
 from gpn_triton.neurons.spike_linear import spike_linear
 from gpn_triton.neurons.surrogate import SURROGATES
 from tests import interpreted_bfloat16
+from tests.interpreter import need_interpreter
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import BACKENDS, MEAN, TOLERANCES
+
+need_interpreter()
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "bfloat16_as_on_a_gpu")
 

@@ -14,6 +14,7 @@ from gpn_triton.data.sources.long_tasks import recall
 from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
 from gpn_triton.training import run as run_module
 from gpn_triton.training.run_folder import load_checkpoint, load_weights
+from tests.interpreter import need_interpreter
 from tests.small_training import CPU, SMALL, resident, small_engine, store
 from tests.test_data_feed import EVERYTHING
 
@@ -29,7 +30,7 @@ FULL = dict(time_bins=7, batch_size=44)
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton", "cells"])
 def test_the_bins_of_a_piece_are_those_of_the_whole(backend, options, augmentation):
     if backend == "triton":
-        pytest.importorskip("triton")
+        need_interpreter()
     events, config = DeviceEvents(store()), BinningConfig(9, **options)
     indices, key = torch.tensor([3, 0, 41]), torch.tensor([1, 2])
 
