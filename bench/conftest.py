@@ -8,10 +8,12 @@ by the measured time.
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ import torch
 
 from bench import report
 from bench.cases import SIZES, Case, cases
-from bench.contest import Contest
+from bench.contest import NO_TIME, Contest
 from bench.subjects import Entry, Wrong
 from gpn_triton.machine import device as machine
 
@@ -63,6 +65,10 @@ def pytest_addoption(parser):
         help="go on past --rounds, up to 5 times as many, within so many seconds a case",
     )  # fmt: skip
     add("--budget", type=float, default=math.inf, help="seconds after which no subject is begun")
+    add(
+        "--recorded", action="append", default=[], metavar="FILE.json",
+        help="leave out the cases that this record holds whole; may be given several times",
+    )  # fmt: skip
     add("--commit", help="of the tree, where it came without its history")
     add("--bench-device", help="cpu or cuda (default: cuda where there is one)")
 
@@ -94,7 +100,16 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("subject", "case"), pairs, ids=ids)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    whole = set()
+    for path in config.getoption("--recorded"):
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        cut = {left["group"] for left in contents["left_out"] if left["reason"] == NO_TIME}
+        whole |= {record["group"] for record in report.records(report.read(Path(path)))} - cut
+    done = [item for item in items if _group(item) in whole]
+    if done:
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item not in done]
     for item in items:
         if "contest" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=_clock, group=_group(item)))
@@ -116,7 +131,7 @@ def device(request) -> torch.device:
 def ceilings(request, device) -> machine.Ceilings:
     """What the device can do at best; not worth a second where shapes are tiny."""
     tiny = request.config.getoption("--size") == "tiny"
-    return machine.ceilings(device, **({"n": 128} if tiny else {}))
+    return machine.ceilings(device, measured=True, **({"n": 128} if tiny else {}))
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ from gpn_triton.machine import device as machine
 from gpn_triton.machine.provenance import provenance
 from gpn_triton.neurons import cost
 
+# why a subject was left out whose turn came after the deadline
+NO_TIME = "no time left"
+
 
 @functools.cache
 def header(device: torch.device) -> dict[str, Any]:
@@ -55,9 +58,9 @@ class Contest:
         for name in subjects:
             try:
                 if time.monotonic() > deadline:
-                    raise Unavailable("no time left")
+                    raise Unavailable(NO_TIME)
                 entry = prepare(name)
-                self._entries[name] = entry, self._try(entry)
+                self._entries[name] = entry, self._try(name, entry)
             except Exception as error:
                 # a competitor that breaks is left out and named; ours breaking is a failure
                 known = isinstance(error, (Unavailable, Wrong, torch.OutOfMemoryError))
@@ -72,14 +75,17 @@ class Contest:
                     torch.cuda.empty_cache()
         calls = {name: entry.call for name, (entry, _) in self._entries.items()}
         self.times = measure.race(calls, device, rounds, seconds) if calls else {}
+        self.clocks = measure.clocks_mhz(device)
 
-    def _try(self, entry: Entry) -> dict[str, Any]:
+    def _try(self, name: str, entry: Entry) -> dict[str, Any]:
         """Check a subject, warm it up and count its memory."""
         seen = entry.check()
         entry.call()
         held = measure.held_bytes(entry.saves) if entry.saves else (None, None)
         peak = seen.get("peak_bytes", getattr(entry.call, "peak_bytes", None))
         peak = measure.peak_bytes(entry.call, self.device) if peak is None else peak
+        if self.device.type == "cuda" and not name.startswith("gpn"):
+            seen = {**seen, "kernels": measure.longest_kernels(entry.call, self.device)}
         return {**seen, "peak_bytes": peak, "held_bytes": held[0], "held_beyond_bytes": held[1]}
 
     def left_out(self, subject: str) -> tuple[str, str]:
@@ -101,6 +107,8 @@ class Contest:
         ours = [s for s in ("gpn-triton", *self.times) if s.startswith("gpn")]
         first = next((s for s in ours if s in self.times), None)
         wall = measure.summary(times.wall)
+        cache = machine.l2_bytes(self.device)
+        inputs = case.T * case.B * case.inputs * getattr(torch, case.dtype).itemsize
         # of one's time over another's, taken next to each other
         ratios = first and map(operator.truediv, times.wall, self.times[first].wall)
         return {
@@ -117,6 +125,10 @@ class Contest:
             "floor_ms": floor,
             "fraction_of_floor": floor / wall["median_ms"],
             "ceilings": vars(ceilings),
+            "clocks_mhz": self.clocks,
+            # what it touches may lie in the cache from one call to the next, where no copy's rate
+            # is a bound
+            "fits_l2": None if cache is None else seen["peak_bytes"] + inputs <= cache,
             "time_relative_to": first,
             "time_ratio": statistics.median(ratios) if first else None,
             **seen,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from gpn_triton.machine.graphs import WARM_RUNS, Graphs
 
 # a round on a GPU lasts at least so long
 STRETCH_SECONDS = 2e-3
+# an idle GPU runs at a fifth of its clock, and takes about so long to speed up
+WAKE_SECONDS = 0.1
 
 
 class Call:
@@ -123,6 +127,41 @@ class GraphedCall:
         return self.call.out
 
 
+def wake(device: torch.device, seconds: float = WAKE_SECONDS) -> None:
+    """Have a GPU multiply until its clock is up; nothing on a CPU."""
+    if device.type != "cuda":
+        return
+    a = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
+    product, end = torch.empty_like(a), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        torch.mm(a, a, out=product)
+        torch.cuda.synchronize()
+
+
+def clocks_mhz(device: torch.device) -> dict[str, int] | None:
+    """Clocks of a GPU's multiprocessors and memory as its driver tells them, or None."""
+    tool = shutil.which("nvidia-smi")
+    if device.type != "cuda" or tool is None:
+        return None
+    command = [tool, "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]
+    command.append(f"--id={torch.cuda.get_device_properties(device).uuid}")
+    told = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(",")
+    return dict(zip(("sm", "memory"), map(int, told), strict=True)) if len(told) == 2 else None
+
+
+def longest_kernels(call: Callable[[], object], device: torch.device, count: int = 3) -> list[str]:
+    """Names of the kernels in which a call spends most of its time on a GPU, the longest first.
+
+    Of cuDNN's LSTM and GRU they tell which of its algorithms ran.
+    """
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
+    return [row.key for row in rows[:count] if row.self_device_time_total]
+
+
 @dataclass
 class Times:
     """Seconds of each round: on the wall clock, and between device events on a GPU."""
@@ -172,6 +211,7 @@ def race(
         if turn >= rounds and time.perf_counter() - start > seconds:
             break
         k = turn % len(names)
+        wake(device)
         for name in names[k:] + names[:k]:
             wall = results[name].wall
             if len(wall) < 3 or sum(wall) * repeats[name] < 2 * seconds:

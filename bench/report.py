@@ -90,7 +90,7 @@ def _pace(r: Record) -> dict[str, float]:
 def table(group: list[Record]) -> str:
     """A Markdown table of the subjects of one case, the fastest first."""
     columns: dict[str, Callable[[Record], str]] = {
-        "subject": lambda r: r["subject"],
+        "subject": lambda r: r["subject"] + (" (in L2)" if r.get("fits_l2") else ""),
         "median ms": lambda r: _number(r["median_ms"]),
         "quartiles ms": lambda r: f"{_number(r['low_ms'])}–{_number(r['high_ms'])}",
         "device ms": lambda r: _number(r["device_median_ms"]),
@@ -149,6 +149,12 @@ def section(path: Path, contents: dict[str, Any], plots: dict[str, Path]) -> str
     ]
     for name, group in by_group(found).items():
         parts += [f"### {name}", describe(group[0]) + ".", table(group)]
+        algorithms = [
+            f"{r['subject']}: {', '.join(r['kernels'])}"
+            for r in group
+            if r.get("kernels") and r["subject"].startswith(("lstm", "gru"))
+        ]
+        parts += ["Longest kernels, " + "; ".join(algorithms) + "."] if algorithms else []
     parts += [f"![{name}]({plot.name})" for name, plot in plots.items()]
     reasons = Counter(
         (left["subject"], left["outcome"], left["reason"]) for left in contents.get("left_out", [])

@@ -1,5 +1,6 @@
 """The benchmarks run, refuse what is wrong, and their records render and compare; no timing."""
 
+import argparse
 import copy
 import json
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from bench import cases, contest, gpu, measure, report, scaling, subjects
+from bench.contest import NO_TIME
 from tests.interpreter import need_interpreter
 
 ROOT = Path(__file__).parent.parent
@@ -161,9 +163,45 @@ def test_gpu_command_runs_at_tiny_sizes_and_records_what_it_measured(tmp_path, m
     need_interpreter()
     monkeypatch.delenv(WORKER, raising=False)
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
-    subprocess.run([*command, "--parts", "steps"], cwd=ROOT, check=True)
+    command += ["--parts", "steps,counters"]
+    subprocess.run(command, cwd=ROOT, check=True)
     found = report.records(report.read(tmp_path / "gpu-steps.json"))
     assert {r["subject"] for r in found} >= {"gpn-persistent", "gpn-stepwise", "lstm"}
+    # as if the deadline had cut one case of the first part short
+    record = json.loads((tmp_path / "gpu-steps.json").read_text())
+    record["left_out"].append(
+        {"group": found[0]["group"], "subject": "lstm", "outcome": "skipped", "reason": NO_TIME}
+    )
+    (tmp_path / "gpu-steps.json").write_text(json.dumps(record))
+    state = json.loads((tmp_path / "gpu-parts.json").read_text())
+    assert state["parts"] == {"steps": "ran", "counters": "ran"}
+    del state["parts"]["steps"]
+    (tmp_path / "gpu-parts.json").write_text(json.dumps(state))
+    again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "counters: ran in an earlier call" in again
+    second = report.records(report.read(tmp_path / "gpu-steps-2.json"))
+    assert {r["group"] for r in second} == {found[0]["group"]}
+
+
+def test_records_of_another_commit_are_set_aside(tmp_path):
+    of = {"commit": "a", "device": "some GPU"}
+    gpu.Ended(tmp_path, of).add("steps", "ran")
+    (tmp_path / "gpu-steps.json").write_text("{}")
+    assert gpu.Ended(tmp_path, of).parts == {"steps": "ran"}
+    assert gpu.Ended(tmp_path, {**of, "commit": "b"}).parts == {}
+    assert [path.name for path in gpu.record_paths(tmp_path, "steps")] == []
+    assert (tmp_path / "old-gpu-steps.json").exists()
+
+
+def test_a_part_whose_tool_is_not_there_is_left_out_with_the_reason(tmp_path, monkeypatch):
+    args = argparse.Namespace(budget=100, dry_run=False, out=tmp_path, commit=None)
+    monkeypatch.setattr(gpu, "start", lambda *command, tool=(): None)
+    monkeypatch.setattr(gpu, "wait", lambda process, seconds: 0)
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: None)
+    ended = gpu.Ended(tmp_path, {})
+    failed = gpu.run(["tests", "racecheck"], args, ended)
+    assert failed == {"racecheck": "left out: compute-sanitizer is not here"}
+    assert ended.parts == {"tests": "ran"}
 
 
 def test_the_page_on_scaling_holds_the_computed_table():

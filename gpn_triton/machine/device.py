@@ -127,6 +127,11 @@ def kernel_limits() -> dict[str, int]:
     }
 
 
+def l2_bytes(device: torch.device) -> int | None:
+    """Size of a GPU's L2 cache; None of a CPU."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None
+
+
 def float32_precision() -> str:
     """How float32 operands are multiplied, by torch.set_float32_matmul_precision."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -172,7 +177,7 @@ class Ceilings:
 
 
 @functools.cache
-def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
+def ceilings(device: torch.device, n: int | None = None, measured: bool = False) -> Ceilings:
     """What the device can do at best.
 
     A GPU that is listed has stated figures, taken on such a card with bfloat16; any other device is
@@ -182,9 +187,10 @@ def ceilings(device: torch.device, n: int | None = None) -> Ceilings:
 
     Args:
         n: side of the matrices; default: 8192 on a GPU, else 1024.
+        measured: whether a listed GPU is measured, too.
     """
     cuda = device.type == "cuda"
-    if cuda:
+    if cuda and not measured:
         name = torch.cuda.get_device_name(device)
         for key, (flops, bandwidth) in STATED.items():
             if key in name:
