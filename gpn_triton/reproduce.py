@@ -3,6 +3,7 @@
 python -m gpn_triton.reproduce synthetic --quick
 python -m gpn_triton.reproduce shd --download --amp --preset shd-paper --seed 0 1 2 --jobs 2
 python -m gpn_triton.reproduce my_train.h5 my_test.h5 --time-bins 20 --seed 0 1 2
+python -m gpn_triton.reproduce --protocol leave-one-speaker-out my_train.h5 --seed 0 1 2
 
 What is finished is not trained again: after Ctrl-C the same command goes on.
 """
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from gpn_triton.analysis.grid import Grid
+from gpn_triton.analysis.report import write_text
 from gpn_triton.analysis.subject import load_data
-from gpn_triton.analysis.table import rows_of, table, write_table
+from gpn_triton.analysis.table import SPEAKERS, rows_of, speakers_table, table, write_table
 from gpn_triton.data.datasets import DATASETS
+from gpn_triton.data.sources.hdf5 import read_events
 from gpn_triton.machine import interrupt
 from gpn_triton.machine.figure import new_figure
 from gpn_triton.neurons.networks import NEURONS
-from gpn_triton.training.options import ABOVE_0
+from gpn_triton.training.options import ABOVE_0, TrainConfig
 from gpn_triton.training.parser import Parser, add_options, configuration
 from gpn_triton.training.run import Interrupted
 
@@ -27,10 +30,11 @@ RATES = (5e-4, 2e-3, 8e-3)
 # what --quick puts in place of the defaults
 QUICK: dict[str, Any] = {"hidden": (32,), "time_bins": 10, "epochs": 5, "seed": (0, 1)}
 QUICK_RATES, QUICK_SAMPLES = (8e-3,), {"samples": 400, "classes": 8}
+SPLIT, LEAVE_OUT = PROTOCOLS = ("split", "leave-one-speaker-out")
 # options of one training that a grid sets itself, or that name one training
 OWN = (
     "neuron", "lr", "dataset", "train_file", "valid_file", "test_file", "resume", "eval_only",
-    "profile", "track", "out",
+    "profile", "track", "out", "test_speaker",
 )  # fmt: skip
 
 
@@ -55,6 +59,12 @@ def build_parser() -> Parser:
     grid.add_argument(
         "--neurons", nargs="+", choices=NEURONS, metavar="NAME",
         help=f"Chooses the neurons (default: {' '.join(NEURONS)}).",
+    )  # fmt: skip
+    grid.add_argument(
+        "--protocol", choices=PROTOCOLS, metavar="NAME",
+        help="Chooses what is tested on: split, the data's own test part or one that is held out; "
+        "or leave-one-speaker-out, where each speaker of one file is left out of training and "
+        "validation once and tested on (default: split).",
     )  # fmt: skip
     grid.add_argument(
         "--lr-grid", nargs="+", type=float, metavar="RATE",
@@ -83,6 +93,7 @@ def parse(argv: list[str] | None) -> Grid:
     """The grid that the command line asks for; ValueError for what does not fit."""
     flags = vars(build_parser().parse_args(argv))
     data, quick = flags.pop("data"), flags.pop("quick", False)
+    protocol = flags.pop("protocol", SPLIT)
     neurons = flags.pop("neurons", list(NEURONS))
     rates = flags.pop("lr_grid", QUICK_RATES if quick else RATES)
     jobs, out = flags.pop("jobs", 1), flags.pop("out", f"runs/reproduce-{Path(data[0]).stem}")
@@ -96,7 +107,21 @@ def parse(argv: list[str] | None) -> Grid:
         flags = QUICK | (QUICK_SAMPLES if data == ["synthetic"] else {}) | flags
     # the paper's grid starts as the paper does
     base = configuration({"init": "paper", **flags, **_files(data)})
-    return Grid(base, list(dict.fromkeys(neurons)), list(dict.fromkeys(rates)), Path(out), jobs)
+    neurons, rates = list(dict.fromkeys(neurons)), list(dict.fromkeys(rates))
+    speakers = _speakers(base) if protocol == LEAVE_OUT else (None,)
+    return Grid(base, neurons, rates, Path(out), jobs, speakers=speakers)
+
+
+def _speakers(base: TrainConfig) -> list[int]:
+    """Everybody who speaks in the one file of a grid."""
+    if base.train_file is None or base.test_file is not None:
+        raise ValueError(f"protocol: {LEAVE_OUT} expects one file as data, and no test file")
+    store = read_events(base.train_file, base.cache_dir)
+    found = [] if store.speakers is None else sorted(set(store.speakers.tolist()))
+    if len(found) < 3:
+        known = "does not name them" if store.speakers is None else f"has {len(found)}"
+        raise ValueError(f"protocol: expected at least 3 speakers, {base.train_file} {known}")
+    return found
 
 
 def _files(data: list[str]) -> dict[str, str]:
@@ -116,6 +141,10 @@ def report(grid: Grid, data: str) -> int:
     size = "-".join(map(str, grid.base.hidden))
     write_table(grid.out, rows, f"{size}, T = {grid.base.time_bins}, {data}")
     left = sum(outcome.result is None for outcome in outcomes.values())
+    if grid.speakers != (None,):
+        by_speaker = speakers_table(grid.neurons, outcomes)
+        write_text(grid.out / SPEAKERS, by_speaker)
+        print(by_speaker)
     print(f"{table(rows)}{grid.out}: {len(outcomes) - left} of {len(outcomes)} trainings")
     return left
 

@@ -14,7 +14,7 @@ import pytest
 
 from gpn_triton import reproduce
 from gpn_triton.analysis.grid import Cell, Grid, Outcome
-from gpn_triton.analysis.table import rows_of, table
+from gpn_triton.analysis.table import interval, rows_of, speakers_table, table
 from gpn_triton.data.sources.hdf5 import write_events
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.run import Interrupted
@@ -42,7 +42,8 @@ if cfg["neuron"] == "gru":
 
 
 def grid(out, neurons, **options):
-    cfg = TrainConfig(epochs=2, seed=(0, 1, 2))
+    file = "some.h5" if "speakers" in options else None
+    cfg = TrainConfig(epochs=2, seed=(0, 1, 2), train_file=file)
     return Grid(cfg, neurons, (0.01, 0.1, 0.02), out, command=[sys.executable, "-c", TRAINER],
                 **options)  # fmt: skip
 
@@ -103,6 +104,45 @@ def test_neurons_are_compared_with_gpn_seed_by_seed():
     # one pair has no test, an LSTM no spikes
     assert lstm.difference == pytest.approx(0) and lstm.p is None and lstm.spike_rate is None
     assert "85.0 ± 5.0" in table([gpn]) and "-32.7 (0.0" in table([lif])
+
+
+def test_each_speaker_is_left_out_once_and_the_interval_is_over_speakers(tmp_path):
+    made = grid(tmp_path, ["gpn"], speakers=(3, 5, 9))
+    outcomes = made.train()
+    assert len(outcomes) == 3 * (3 + 2) and all(o.result for o in outcomes.values())
+    for cell in outcomes:
+        config = json.loads((made.folder(cell) / "config.json").read_text())
+        assert config["test_speaker"] == cell.speaker and str(cell).endswith(
+            f"-speaker{cell.speaker}"
+        )
+    (row,) = rows_of(["gpn"], outcomes)
+    assert (row.lr, row.seeds, row.test) == (0.1, 3, pytest.approx(60))
+    # 50, 60 and 70 % by seed of every speaker: no spread between speakers
+    assert "| 60.0 ± 10.0 | 60.0 ± 10.0 | 60.0 ± 10.0 | 60.0 (60.0 to 60.0) |" in speakers_table(
+        ["gpn"], outcomes
+    )
+    # the mean of 50, 60, 70 has a standard error of 5.77, and t of 2 degrees is 4.303
+    assert interval([50, 60, 70]) == "60.0 (35.2 to 84.8)"
+
+
+def test_leaving_speakers_out_trains_on_the_others(tmp_path, capsys):
+    write_events(tmp_path / "three.h5", make_store(60, speakers=3))
+    write_events(tmp_path / "two.h5", make_store(20, speakers=2))
+    protocol = ["--protocol", "leave-one-speaker-out"]
+    command = [*protocol, str(tmp_path / "three.h5"), "--neurons", "gpn", "--lr-grid", "0.01"]
+    small = ["--hidden", "6", "--time-bins", "4", "--epochs", "1", "--out", str(tmp_path / "grid")]
+    assert reproduce.main([*command, *small]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 3 trainings" in said and "| gpn |" in said
+    assert (tmp_path / "grid" / "speakers.md").read_text() in said
+    logs = [path.read_text() for path in sorted((tmp_path / "grid").glob("*/log.txt"))]
+    assert all(f"all of speaker {who}" in log for who, log in enumerate(logs))
+    for arguments, message in (
+        ([str(tmp_path / "two.h5")], "protocol: expected at least 3 speakers"),
+        (["synthetic"], "protocol: leave-one-speaker-out expects one file"),
+    ):
+        assert reproduce.main([*protocol, *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

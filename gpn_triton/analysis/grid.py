@@ -1,5 +1,7 @@
 """A grid of trainings: every neuron at the best of a few learning rates, with several seeds.
 
+Where each speaker is left out once, a seed is as many trainings, of which the mean counts.
+
 A cell is one training, a run folder and a process of its own: what is finished is not done again,
 what was interrupted goes on, and a cell that fails leaves the others alone. The rate is chosen by
 the first seed's validation accuracy; the other seeds are trained at that rate only. The test part
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -32,14 +35,16 @@ WAIT_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of the grid."""
+    """One training of the grid; speaker: who is tested on and left out of training, if anybody."""
 
     neuron: str
     lr: float
     seed: int
+    speaker: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.neuron}-lr{self.lr:g}-seed{self.seed}"
+        left_out = "" if self.speaker is None else f"-speaker{self.speaker}"
+        return f"{self.neuron}-lr{self.lr:g}-seed{self.seed}{left_out}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Grid:
     base: the options of every cell but neuron, lr and seed; its seeds are the grid's.
     neurons: their names. rates: learning rates to choose from. out: the folder of the cells.
     jobs: trainings at once. command: what trains the folder that --resume names.
+    speakers: each is left out once; (None,): nobody is.
     """
 
     base: TrainConfig
@@ -68,6 +74,7 @@ class Grid:
     out: Path
     jobs: int = 1
     command: Sequence[str] = (sys.executable, "-m", "gpn_triton.train")
+    speakers: Sequence[int | None] = (None,)
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell's files lie."""
@@ -75,13 +82,15 @@ class Grid:
 
     def search(self) -> list[Cell]:
         """The cells among whose rates the validation chooses."""
-        return [Cell(n, rate, self.base.seed[0]) for n in self.neurons for rate in self.rates]
+        rates = [(n, rate) for n in self.neurons for rate in self.rates]
+        return [Cell(*pair, self.base.seed[0], who) for pair in rates for who in self.speakers]
 
     def repeats(self, outcomes: Outcomes) -> list[Cell]:
         """The cells of the other seeds, each neuron's at its best rate."""
         first = self.base.seed[0]
         best = best_rates({cell: o for cell, o in outcomes.items() if cell.seed == first})
-        return [Cell(n, rate, seed) for n, rate in best.items() for seed in self.base.seed[1:]]
+        seeds = [(n, rate, seed) for n, rate in best.items() for seed in self.base.seed[1:]]
+        return [Cell(*one, who) for one in seeds for who in self.speakers]
 
     def train(self) -> Outcomes:
         """Train what is not trained yet; what became of every cell.
@@ -90,7 +99,8 @@ class Grid:
             Interrupted: after SIGTERM or Ctrl-C, once every process has saved its state.
             ValueError: a cell's folder holds a run of other options.
         """
-        total = len(self.neurons) * (len(self.rates) + len(self.base.seed) - 1) * self.base.epochs
+        trainings = len(self.neurons) * (len(self.rates) + len(self.base.seed) - 1)
+        total = trainings * len(self.speakers) * self.base.epochs
         done = self._epochs(self.outcomes())
         bar = tqdm(total=total, initial=done, unit=" epochs", desc="grid", disable=None)
         with Interruption() as interruption, bar:
@@ -105,7 +115,8 @@ class Grid:
 
     def _train(self, cells: list[Cell], interruption: Interruption, bar: tqdm) -> None:
         for cell in cells:
-            cfg = replace(self.base, neuron=cell.neuron, lr=cell.lr, seed=(cell.seed,))
+            own = {"neuron": cell.neuron, "lr": cell.lr, "seed": (cell.seed,)}
+            cfg = replace(self.base, **own, test_speaker=cell.speaker)
             prepare(self.folder(cell), cfg)
         done = self._epochs(cells)
         waiting = [cell for cell in cells if not (self.folder(cell) / run_folder.RESULT).exists()]
@@ -183,14 +194,17 @@ def best_rates(outcomes: Outcomes) -> dict[str, float]:
     """Each neuron's learning rate of the best validation; none for one that failed at all rates.
 
     Args:
-        outcomes: of one seed. Of equal rates the one that comes first counts.
+        outcomes: of one seed; of several speakers left out the mean counts. Of equal rates the one
+            that comes first does.
     """
-    best: dict[str, tuple[float, float]] = {}
+    found: dict[str, dict[float, list[float]]] = {}
     for cell, result in finished(outcomes):
-        accuracy = result["valid_accuracy"]
-        if cell.neuron not in best or accuracy > best[cell.neuron][0]:
-            best[cell.neuron] = accuracy, cell.lr
-    return {neuron: rate for neuron, (_, rate) in best.items()}
+        rates = found.setdefault(cell.neuron, {})
+        rates.setdefault(cell.lr, []).append(result["valid_accuracy"])
+    return {
+        neuron: max(rates, key=lambda rate: statistics.mean(rates[rate]))
+        for neuron, rates in found.items()
+    }
 
 
 def finished(outcomes: Outcomes) -> Iterable[tuple[Cell, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from gpn_triton.analysis.report import markdown, number, write_csv, write_text
 from gpn_triton.machine.figure import new_figure, save_figure
 from gpn_triton.neurons.networks import NEURONS
 
-MARKDOWN, CSV, PICTURE = "table.md", "table.csv", "accuracy.png"
+MARKDOWN, CSV, PICTURE, SPEAKERS = "table.md", "table.csv", "accuracy.png", "speakers.md"
 # whom the others are compared with
 BASELINE = "gpn"
 
@@ -44,11 +44,67 @@ def rows_of(neurons: Sequence[str], outcomes: Outcomes) -> list[Row]:
     """A row for every neuron of a grid, in the order given."""
     first = next(iter(outcomes)).seed
     best = best_rates({cell: o for cell, o in outcomes.items() if cell.seed == first})
-    kept: dict[str, dict[int, dict]] = {name: {} for name in neurons}
+    kept: dict[str, dict[int, list[dict]]] = {name: {} for name in neurons}
     for cell, result in finished(outcomes):
         if best[cell.neuron] == cell.lr:
-            kept[cell.neuron][cell.seed] = result
-    return [_row(name, best.get(name), kept[name], kept.get(BASELINE, {})) for name in neurons]
+            kept[cell.neuron].setdefault(cell.seed, []).append(result)
+    # one result a seed, the mean over the speakers that were left out
+    of = {
+        name: {seed: _mean_result(some) for seed, some in seeds.items()}
+        for name, seeds in kept.items()
+    }
+    return [_row(name, best.get(name), of[name], of.get(BASELINE, {})) for name in neurons]
+
+
+def _mean_result(results: Sequence[dict]) -> dict:
+    """One result of several: the mean of what the table shows."""
+    means = {
+        key: statistics.mean(result[key] for result in results)
+        for key in ("test_accuracy", "valid_accuracy", "seconds_per_epoch")
+    }
+    rates = [statistics.mean(result["activity"]) for result in results if result["activity"]]
+    return {**results[0], **means, "activity": [statistics.mean(rates)] if rates else []}
+
+
+def speakers_table(neurons: Sequence[str], outcomes: Outcomes) -> str:
+    """Test accuracy on each speaker that was left out, over the seeds, as a Markdown table.
+
+    The mean over speakers has its 95 % confidence interval, by Student's t with speakers as draws.
+    """
+    first = next(iter(outcomes)).seed
+    best = best_rates({cell: o for cell, o in outcomes.items() if cell.seed == first})
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in neurons}
+    for cell, result in finished(outcomes):
+        if best[cell.neuron] == cell.lr:
+            own = found[cell.neuron].setdefault(cell.speaker, [])
+            own.append(100 * result["test_accuracy"])
+    speakers = sorted({cell.speaker for cell in outcomes})
+    lines = []
+    for name in neurons:
+        cells = [spread(found[name].get(speaker, [])) for speaker in speakers]
+        means = [statistics.mean(accuracies) for accuracies in found[name].values()]
+        lines.append((name, *cells, interval(means)))
+    heads = [f"speaker {speaker}" for speaker in speakers]
+    return markdown(("neuron", *heads, "mean, % (95 % interval over speakers)"), lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and deviation of some percentages; a dash of none."""
+    mean = number(statistics.mean(values) if values else None, ".1f")
+    return mean + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def interval(means: Sequence[float]) -> str:
+    """The mean of some independent percentages, and its 95 % interval by Student's t.
+
+    Raises:
+        ModuleNotFoundError: scipy, in the extra `analysis`, is not installed.
+    """
+    if len(means) < 2:
+        return spread(means)
+    half = student_t(0.975, len(means) - 1) * statistics.stdev(means) / len(means) ** 0.5
+    mean = statistics.mean(means)
+    return f"{mean:.1f} ({mean - half:.1f} to {mean + half:.1f})"
 
 
 def _row(neuron: str, lr: float | None, own: dict[int, dict], baseline: dict[int, dict]) -> Row:
@@ -82,11 +138,20 @@ def paired_p(a: Sequence[float], b: Sequence[float]) -> float | None:
     """
     if len({x - y for x, y in zip(a, b, strict=True)}) < 2:
         return None
+    return float(_scipy_stats().ttest_rel(a, b).pvalue)
+
+
+def student_t(quantile: float, freedom: int) -> float:
+    """A quantile of Student's distribution; raises as paired_p."""
+    return float(_scipy_stats().t.ppf(quantile, freedom))
+
+
+def _scipy_stats():
     try:
-        from scipy.stats import ttest_rel
+        from scipy import stats
     except ModuleNotFoundError:
         raise ModuleNotFoundError("scipy is missing (pip install 'gpn-triton[analysis]')") from None
-    return float(ttest_rel(a, b).pvalue)
+    return stats
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from gpn_triton.data.dense import DenseStore
 from gpn_triton.data.events import EventStore, check_range
-from gpn_triton.data.hold_out import choose_split
+from gpn_triton.data.hold_out import choose_split, one_speaker
 from gpn_triton.data.sources.download import PARTS, fetch
 from gpn_triton.data.sources.hdf5 import read_classes, read_events
 from gpn_triton.data.sources.images import PIXELS, digits, mnist
@@ -72,6 +72,7 @@ class DataSource:
         permuted: whether the pixels of images come in one random order.
         add_pairs: whether two samples are put together, see long_tasks.add_pairs; of events only.
         valid_split, valid_fraction: see hold_out.choose_split; for a held-out test part, too.
+        test_speaker: whose samples are the test part, and no others, where it has no file.
         data_dir, download: see download.fetch. cache_dir: see hdf5.read_events.
     """
 
@@ -87,6 +88,7 @@ class DataSource:
     add_pairs: bool = False
     valid_split: str = "auto"
     valid_fraction: float = 0.1
+    test_speaker: int | None = None
     data_dir: str | os.PathLike = "data"
     cache_dir: str | os.PathLike | None = None
     download: bool = False
@@ -167,7 +169,11 @@ def _find_splits(source: DataSource, seed: int) -> Splits:
     train = read("train")
     classes, valid_how = train.class_names, Path(files.get("valid") or name).name
     if files.get("test") is None:
-        kept, held, how = split(train, "test", seed + 1)
+        if source.test_speaker is None:
+            kept, held, how = split(train, "test", seed + 1)
+        else:
+            kept, held = one_speaker(train, source.test_speaker)
+            how = f"all of speaker {source.test_speaker}"
         load_test = partial(train.subset, held)
         train = train.subset(kept)
         test_how = f"{len(held)} samples held out, {how}"

@@ -58,6 +58,25 @@ def hold_out_speakers(store: EventStore, fraction: float, seed: int) -> Halves:
     return np.flatnonzero(~best[speaker_of]), np.flatnonzero(best[speaker_of])
 
 
+def one_speaker(store: EventStore, speaker: int) -> Halves:
+    """Split so that one speaker, and nobody else, is held out.
+
+    Args:
+        store: the samples, with speakers. speaker: the one to hold out.
+    Returns:
+        training and held-out sample numbers, int64, ascending, both at least one.
+    Raises:
+        ValueError: speakers unknown, no such speaker, or only this one.
+    """
+    if store.speakers is None:
+        raise ValueError("test_speaker: expected data that name their speakers, these do not")
+    held = store.speakers == speaker
+    if not held.any() or held.all():
+        there = ", ".join(map(str, np.unique(store.speakers)[:20]))
+        raise ValueError(f"test_speaker: expected one of several ({there}), got {speaker}")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
 def stratified_split(store: EventStore, fraction: float, seed: int) -> Halves:
     """Split at random, every class in the same proportion.
 

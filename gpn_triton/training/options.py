@@ -159,6 +159,9 @@ class TrainConfig:
         "with equal classes; auto takes speakers where that costs at most 15 % of the data.")
     valid_fraction: float = option("Data", 0.1, check=PART, metavar="F",
         help="Sets the share of the training data that is held out.")
+    test_speaker: int | None = option("Data", None, check=FROM_0, metavar="S",
+        help="Tests on all samples of this speaker, who is left out of training and validation, "
+        "of data without a test file.")
 
     time_bins: int = _sets(BinningConfig, "time_bins", default=25, metavar="T",
         shown="25; 64 for digits, 784 for mnist, 100 for recall and adding",
@@ -263,6 +266,8 @@ class TrainConfig:
             ("dataset", named, f"{', '.join(DATASETS)} or a file ending in .h5, or a folder"),
             ("permuted", not self.permuted or self.made in PIXELS, f"one of {', '.join(PIXELS)}"),
             ("add_pairs", not self.add_pairs or self.made in (None, "synthetic"), "events"),
+            ("test_speaker", self.test_speaker is None or not (self.made or self.test_file),
+             "events from a file, and no test file"),
             ("tbptt", not (self.tbptt and NEURONS[self.neuron].needs_time_bins),
              f"a neuron that streams, {self.neuron} sees all bins at once"),
             ("time_constants", _is_range(self.time_constants), "the shortest and the longest"),
