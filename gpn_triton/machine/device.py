@@ -141,7 +141,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of x now; None: it is off, x is float64, or its device (meta)
     knows no autocast."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    # torch.amp.is_autocast_available would ask, but torch 2.11 cannot trace it
+    if x.dtype == torch.float64 or kind == "meta":
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
