@@ -182,7 +182,7 @@ def _subjects(
     if not args.neuron:
         return
     if args.file:
-        store = read_events(args.file, num_channels=run_folder.NUM_CHANNELS, use_cache=False)
+        store = read_events(args.file, use_cache=False)
         check_store(store, args.file)
     else:
         store = synthetic_events(args.samples, range(8), 0)

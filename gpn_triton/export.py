@@ -46,7 +46,8 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
     Returns:
         format; network: the arguments of SpikingClassifier; class_names; binning: how events become
         its input [time_bins, B, inputs]: num_channels, channel_bin (channels summed into one),
-        max_time (seconds), overflow and style, as data.binning.BinningConfig.
+        max_time (seconds), overflow and style, as data.binning.BinningConfig. Of a 2-D sensor
+        sensor_size: (width, height, polarities), see data.events for the order of its channels.
     """
     cfg, classes = trained.config, len(trained.class_names)
     network = network_arguments(cfg, build_binning(cfg).columns(trained.num_channels), classes)
@@ -55,7 +56,9 @@ def describe(trained: TrainedRun) -> dict[str, Any]:
     for name in ("backend", "checkpoint_every", "time_constants"):
         del network[name]
     del binning["time_bins"]
+    size = {} if trained.sensor_size is None else {"sensor_size": trained.sensor_size}
     return {
+        **size,
         "format": FORMAT,
         "network": network,
         "class_names": trained.class_names,

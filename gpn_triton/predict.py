@@ -28,6 +28,9 @@ from gpn_triton.training.build import build_binning
 from gpn_triton.training.parser import Parser
 from gpn_triton.training.run_folder import TrainedRun, load_run
 
+# of a batch's counts in float64: sensors of many channels are taken fewer samples at a time
+COUNTS_BYTES = 256 << 20
+
 
 @torch.no_grad()
 def predict(
@@ -41,8 +44,10 @@ def predict(
     differ in the last of 53 bits, and rounding the logits to 24 removes that.
 
     Args:
-        trained: the run. store: samples of the run's channels; their labels do not count.
-        device: where to compute. batch_size: samples at once, which bounds the memory.
+        trained: the run. store: samples of the run's channels; their labels do not count, and need
+            not be known.
+        device: where to compute. batch_size: samples at once, which bounds the memory; fewer where
+            their counts would take more than COUNTS_BYTES.
         stream: feed the network bin by bin with its state carried. follow: is then called with the
             batch's first sample, the bin's number and the logits [B, classes] so far.
     Returns:
@@ -56,6 +61,8 @@ def predict(
     binning = build_binning(trained.config)
     events = DeviceEvents(store, device)
     logits = []
+    sample_bytes = 8 * binning.time_bins * binning.columns(store.num_channels)
+    batch_size = max(1, min(batch_size, COUNTS_BYTES // sample_bytes))
     for indices in torch.arange(len(events), device=device).split(batch_size):
         x = bin_batch(events, indices, binning).double()
         if stream:
@@ -91,7 +98,9 @@ def predictions_csv(
 
 def describe_agreement(class_names: tuple[str, ...], store: EventStore, logits: Tensor) -> str:
     """How many predictions agree with a file's labels, compared by the classes' names, in words;
-    why that cannot be told where the file has classes that the run does not know."""
+    why that cannot be told where the file has no labels, or classes that the run does not know."""
+    if not store.labelled:
+        return "without labels"
     labels, names = torch.from_numpy(store.labels), store.class_names
     if sorted(names) == sorted(class_names) and len(set(names)) == len(names):
         labels = torch.tensor([class_names.index(name) for name in names])[labels]
@@ -124,7 +133,7 @@ def encode_as_the_run(
             raise ValueError(
                 f"{source}: expected files ending in {', '.join(recordings.SUFFIXES)}, found none"
             )
-    paths, store = encode_for_prediction(paths, encoding, device, trained.class_names)
+    paths, store = encode_for_prediction(paths, encoding, device, trained.num_channels)
     if store.times.max(initial=0) >= cfg.max_time:
         print(
             f"the run hears the first {cfg.max_time:g} s of a recording: the rest has no effect",
@@ -165,7 +174,8 @@ def build_parser() -> Parser:
     # fmt: off
     parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
     parser.add_argument("file", metavar="FILE",
-        help="The samples: FILE.h5 in SHD's layout, a recording (WAV, FLAC, OGG) or a folder.")
+        help="The samples: FILE.h5 in SHD's layout, labelled or not, a recording (WAV, FLAC, "
+        "OGG) or a folder.")
     parser.add_argument("--out", default="predictions.csv", metavar="FILE.csv",
         help="Names the file to write, or - for the standard output; a file that is there is "
         "replaced (default: %(default)s).")
@@ -207,7 +217,9 @@ def main(argv: list[str] | None = None) -> int:
                 # one recording after the other, as they sound
                 follow, batch_size = Follower(trained, paths, out), 1
         else:
-            store = read_events(source, num_channels=trained.num_channels, use_cache=False)
+            store = read_events(
+                source, num_channels=trained.num_channels, use_cache=False, labelled=False
+            )
         logits = predict(trained, store, device, batch_size, args.stream, follow)
         text = predictions_csv(trained.class_names, logits, paths)
         if args.out == "-":

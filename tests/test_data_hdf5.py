@@ -21,7 +21,9 @@ TIMES = [[0.1, 0.2, 0.3], [0.05], []]
 UNITS = [[5, 699, 0], [7], []]
 
 
-def write_layout(path, times=TIMES, units=UNITS, labels=(0, 1, 1), t="f2", u="u2", y="u2", **extra):
+def write_layout(
+    path, times=TIMES, units=UNITS, labels=(0, 1, 1), t="f2", u="u2", y="u2", attributes=(), **extra
+):  # fmt: skip
     """A file written by h5py alone, as its makers do, with times of type t, units of u and labels
     of y; what is None is left out."""
     with h5py.File(path, "w") as file:
@@ -33,6 +35,7 @@ def write_layout(path, times=TIMES, units=UNITS, labels=(0, 1, 1), t="f2", u="u2
                     data[k] = np.array(row, dtype)
         if labels is not None:
             file["labels"] = np.array(labels, y)
+        file.attrs.update(attributes)
         for name, value in extra.items():
             file[f"extra/{name}"] = value
     return path
@@ -124,7 +127,18 @@ BAD = {
     "a label too many": (dict(labels=[0] * 4), r"spikes/times: expected 4 samples.*\(3,\)"),
     "a row too few": (dict(units=UNITS[:2]), r"spikes/units: expected 3 samples.*\(2,\)"),
     "rows of other lengths": (dict(units=[[1, 2, 3], [7, 7], []]), "1 has 2 units and 1 times"),
-    "a unit too high": (dict(units=[[5, 700, 0], [7], []]), r"spikes/units: expected 0\.\.699"),
+    "a unit too high": (
+        dict(units=[[5, 700, 0], [7], []], attributes={"num_channels": 700}),
+        r"spikes/units: expected 0\.\.699",
+    ),
+    "another number of channels": (dict(attributes={"num_channels": 701}), "says 701 .* 700"),
+    "no number of channels": (dict(attributes={"num_channels": 0}), "num_channels: .* got 0"),
+    "too many channels": (dict(attributes={"num_channels": 65537}), "to 65536, got 65537"),
+    "a sensor of other channels": (
+        dict(attributes={"num_channels": 700, "sensor_size": [35, 10, 1]}),
+        r"sensor_size: expected the product 700.* got \[35, 10, 1\]",
+    ),
+    "a flat sensor": (dict(attributes={"sensor_size": [35, 20]}), "sensor_size: expected a width"),
     "a unit below 0": (dict(units=[[5, -1, 0], [7], []], u="i2"), r"units.*got -1\.\."),
     "a huge unit": (dict(units=[[2**40, 1, 0], [7], []], u="i8"), "units.*1099511627776"),
     "a label below 0": (dict(labels=[0, -1, 1], y="i4"), r"labels: .*got -1\.\.1"),
@@ -144,7 +158,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, in_process, case):
     contents, expected = BAD[case]
     path = write_layout(tmp_path / "bad.h5", **contents)
     with pytest.raises(ValueError, match=expected) as caught:
-        read_events(path)
+        read_events(path, num_channels=700)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["bad.h5"]
 
@@ -266,7 +280,7 @@ def test_a_changed_file_another_channel_count_or_no_cache_is_parsed(path, tmp_pa
     read_events(path)
     os.utime(path, ns=(1, 1))
     read_events(path)
-    assert read_events(path, num_channels=800).num_channels == 800
+    assert read_events(path, num_channels=700).num_channels == 700
     assert len(count_parses) == 6 and len(caches(tmp_path)) == 3
     # a byte changed behind the clock, which may matter to the library
     for where in (0.02, 0.5, 0.999):

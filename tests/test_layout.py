@@ -24,8 +24,9 @@ ROOMS = {
         "machine kernels",
     ),
     "data": (
-        "augmentation binning datasets dense events feed hold_out sources.download sources.hdf5 "
-        "sources.hdf5_reader sources.images sources.long_tasks sources.synthetic",
+        "augmentation binning datasets dense events feed hold_out inspection loader "
+        "sources.download sources.hdf5 sources.hdf5_reader sources.images sources.long_tasks "
+        "sources.synthetic sources.tables",
         "neurons machine kernels",
     ),
     "training": (
@@ -40,7 +41,7 @@ ROOMS = {
         "training data neurons machine",
     ),
     "commands": (
-        "analyze encode export predict reproduce train",
+        "analyze data.__main__ encode export predict reproduce train",
         "analysis training audio data neurons machine",
     ),
 }
@@ -52,8 +53,8 @@ KERNEL_IMPORTERS = {
 }  # fmt: skip
 # what the package's face shows comes from here
 FACE = {
-    "machine.interrupt", "machine.provenance", "neurons.explain", "neurons.gpn", "neurons.layers",
-    "neurons.networks",
+    "data.events", "data.loader", "data.sources.hdf5", "machine.interrupt", "machine.provenance",
+    "neurons.explain", "neurons.gpn", "neurons.layers", "neurons.networks",
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "numba", "llvmlite", "numpy", *sys.stdlib_module_names}
 
@@ -89,9 +90,9 @@ def imported(path, known):
 
 
 def room_of(module):
-    """The room a module lies in."""
-    first = module.partition(".")[0]
-    return first if first in ROOMS else "commands"
+    """The room a module lies in; a room's __main__ is a command."""
+    first, _, rest = module.partition(".")
+    return first if first in ROOMS and rest != "__main__" else "commands"
 
 
 def faults(root, rooms=ROOMS, kernel_importers=KERNEL_IMPORTERS):

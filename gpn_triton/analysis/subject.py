@@ -68,7 +68,7 @@ def run_samples(
     if file is None:
         store = load_data(trained.config).valid
     else:
-        store = read_events(file, num_channels=run_folder.NUM_CHANNELS, use_cache=False)
+        store = read_events(file, num_channels=trained.num_channels, use_cache=False)
         check_store(store, file)
     if int(store.labels.max()) >= len(trained.class_names):
         raise ValueError(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from gpn_triton.audio import recordings
 from gpn_triton.audio.ear import InnerEar, recording_key
 from gpn_triton.audio.recordings import PARTS, Recording, Variation
-from gpn_triton.data.events import EventStore
+from gpn_triton.data.events import UNKNOWN, EventStore
 from gpn_triton.data.sources.hdf5 import check_file
 from gpn_triton.machine.files import write_atomically
 from gpn_triton.machine.provenance import VERSION
@@ -139,12 +139,23 @@ def prepare(
 
 
 def encode_for_prediction(
-    paths: Sequence[Path], encoding: Encoding, device: torch.device | str, classes: tuple[str, ...]
+    paths: Sequence[Path], encoding: Encoding, device: torch.device | str, num_channels: int
 ) -> tuple[list[Path], EventStore]:
-    """Recordings without labels as samples; those that cannot be read are named and left out.
+    """Recordings as samples without labels; those that cannot be read are named and left out.
 
-    Returns: the paths that were encoded, and their samples, of class 0.
+    Args:
+        paths: the recordings. encoding: how. device: where the ear computes. num_channels: of the
+            network that will hear them, no fewer than the ear's places.
+    Returns:
+        the paths that were encoded, and their samples.
+    Raises:
+        ValueError: a network of fewer channels, or no recording that can be encoded.
     """
+    if encoding.channels > num_channels:
+        raise ValueError(
+            f"channels: expected a run of {encoding.channels} or more, as the ear has places, got "
+            f"{num_channels}"
+        )
     recordings.check_installed()
     ear, kept, rows = InnerEar(encoding.channels, device), [], []
     # one by one: nobody waits for a group
@@ -157,10 +168,10 @@ def encode_for_prediction(
         raise ValueError("no recording could be encoded")
     arrays = _flat(rows)
     arrays["offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("lengths"))])
-    labels = np.zeros(len(kept), np.int64)
-    # a network of 700 channels takes fewer, too
+    labels = np.full(len(kept), UNKNOWN)
+    # older networks have 700 channels also where the ear had fewer places
     store = EventStore(
-        **arrays, labels=labels, speakers=None, num_channels=700, class_names=classes
+        **arrays, labels=labels, speakers=None, num_channels=num_channels, class_names=()
     )
     return kept, store.validate("recordings")
 
@@ -267,6 +278,7 @@ def _assemble(
     samples, skipped, noted = 0, 0, 0
     with h5py.File(opened, "w") as h5:
         h5.attrs[ATTRIBUTE] = encoding.to_json()
+        h5.attrs["num_channels"] = encoding.channels
         h5["extra/keys"] = np.array([name.encode() for name in classes])
         data = {
             name: h5.create_dataset(name, (0,), maxshape=(None,), dtype=dtype)

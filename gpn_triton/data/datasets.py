@@ -14,7 +14,15 @@ from gpn_triton.data.dense import DenseStore
 from gpn_triton.data.events import EventStore, check_range
 from gpn_triton.data.hold_out import choose_split, one_speaker
 from gpn_triton.data.sources.download import PARTS, fetch
-from gpn_triton.data.sources.hdf5 import read_classes, read_events
+from gpn_triton.data.sources.hdf5 import (
+    NO_LABELS,
+    SHD_CHANNELS,
+    About,
+    common_channels,
+    likely_channels,
+    read_about,
+    read_events,
+)
 from gpn_triton.data.sources.images import PIXELS, digits, mnist
 from gpn_triton.data.sources.long_tasks import add_pairs, long_task_splits
 from gpn_triton.data.sources.synthetic import synthetic_splits
@@ -67,6 +75,7 @@ class DataSource:
         dataset: one of DATASETS or a file in SHD's layout; a train_file wins over it.
         train_file, valid_file, test_file: files in SHD's layout. A missing test part is held out of
             the training data first, then a missing validation part.
+        channels: input channels of the files. None: as they say, see hdf5.common_channels.
         samples, classes: training samples of MADE; words of synthetic, symbols of recall.
         time_bins, max_time: T, and the window in seconds: long tasks are made for them.
         permuted: whether the pixels of images come in one random order.
@@ -80,6 +89,7 @@ class DataSource:
     train_file: str | os.PathLike | None = None
     valid_file: str | os.PathLike | None = None
     test_file: str | os.PathLike | None = None
+    channels: int | None = None
     samples: int = 2000
     classes: int = 20
     time_bins: int = 25
@@ -146,9 +156,10 @@ def _find_splits(source: DataSource, seed: int) -> Splits:
         return _image_splits(source, seed)
 
     name, files = source.files()
+    channels = SHD_CHANNELS if name in PARTS else source.channels
 
     def read(part: str) -> EventStore:
-        store = read_events(files[part], source.cache_dir)
+        store = read_events(files[part], source.cache_dir, channels)
         known = KNOWN_COUNTS.get(name, {}).get(part, len(store))
         if len(store) != known:
             warnings.warn(
@@ -166,7 +177,20 @@ def _find_splits(source: DataSource, seed: int) -> Splits:
             ) from None
 
     _warn_of_same(files)
-    train = read("train")
+    parts = {part: read(part) for part in ("train", "valid") if files.get(part) is not None}
+    # so that a wrong test file is not found out after the training
+    about = None
+    if files.get("test") is not None:
+        about = read_about(files["test"], largest_unit=name not in PARTS)
+    if channels is None:
+        found = {files[part]: store.num_channels for part, store in parts.items()}
+        if about is not None:
+            found[files["test"]] = about.num_channels or likely_channels(about.largest_unit)
+        channels = common_channels(found)
+        for part, store in parts.items():
+            if store.num_channels != channels:
+                parts[part] = replace(store, num_channels=channels).validate(str(files[part]))
+    train = parts["train"]
     classes, valid_how = train.class_names, Path(files.get("valid") or name).name
     if files.get("test") is None:
         if source.test_speaker is None:
@@ -178,17 +202,16 @@ def _find_splits(source: DataSource, seed: int) -> Splits:
         train = train.subset(kept)
         test_how = f"{len(held)} samples held out, {how}"
     else:
-        # so that a wrong file is not found out after the training
-        _check_classes(files["test"], *read_classes(files["test"]), classes)
+        _check_about(files["test"], about, classes, channels)
         load_test = lambda: _with_classes(read("test"), classes, files["test"])  # noqa: E731
         test_how = f"{Path(files['test']).name}, read at the end"
     if files.get("valid") is None:
         kept, held, valid_how = split(train, "valid", seed)
         train, valid = train.subset(kept), train.subset(held)
     else:
-        valid = _with_classes(read("valid"), classes, files["valid"])
-    about = f"{Path(name).name}: {_sizes(train, valid)} ({valid_how}); test: {test_how}"
-    return Splits(train, valid, load_test, about)
+        valid = _with_classes(parts["valid"], classes, files["valid"])
+    parts_how = f"{_sizes(train, valid)} ({valid_how}); test: {test_how}"
+    return Splits(train, valid, load_test, f"{Path(name).name}: {parts_how}")
 
 
 def _image_splits(source: DataSource, seed: int) -> Splits:
@@ -248,6 +271,23 @@ def _check_classes(
     if difference := class_difference(classes, names):
         raise ValueError(f"{path}: extra/keys: expected the training data's {difference}")
     check_range(f"{path}: labels", labels, len(classes) - 1)
+
+
+def _check_about(
+    path: str | os.PathLike, about: About, classes: tuple[str, ...], channels: int
+) -> None:
+    """Raise ValueError if what a file says does not fit the training data."""
+    if about.labels is None:
+        raise ValueError(NO_LABELS.format(path))
+    if about.num_channels not in (None, channels):
+        raise ValueError(
+            f"{path}: the file says {about.num_channels} channels, expected {channels}"
+        )
+    if about.largest_unit is not None and about.largest_unit >= channels:
+        raise ValueError(
+            f"{path}: spikes/units: expected 0..{channels - 1}, got up to {about.largest_unit}"
+        )
+    _check_classes(path, about.class_names, about.labels, classes)
 
 
 def _with_classes(store: EventStore, classes: tuple[str, ...], path: str | os.PathLike):

@@ -1,9 +1,21 @@
-"""Spike events of a whole data set in flat arrays: on the host numpy's, on a device tensors."""
+"""Spike events of a whole data set in flat arrays: on the host numpy's, on a device tensors.
+
+A store is made of arrays, of dense frames or of a dataset of tonic's by the constructors below, or
+read from a file by data.sources.hdf5. Times are seconds from the start of a sample. An event of a
+2-D sensor of (width, height, polarities), in column x and row y, has the unit
+
+    (polarity height + y) width + x
+
+so that counts [T, B, C] are images [T, B, polarities, height, width].
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +23,10 @@ from torch import Tensor
 
 # longest sample believed to be in seconds; a second in ms, or anything in us, lies above
 MAX_SECONDS = 600.0
+# units are stored in 16 bits
+MAX_CHANNELS = 1 << 16
+# the label of samples whose class nobody knows
+UNKNOWN = -1
 # passes over all events go in blocks, so that they need little memory beside the events
 _BLOCK = 1 << 24
 
@@ -23,10 +39,11 @@ class EventStore:
         times [E] float32: spike times from the start of the sample, seconds, sorted in a sample.
         units [E] uint16: input channel of each spike, 0..num_channels - 1.
         offsets [S + 1] int64: where each sample's events begin; offsets[0] = 0, offsets[S] = E.
-        labels [S] int64: class of each sample, 0..len(class_names) - 1.
+        labels [S] int64: class of each sample, 0..len(class_names) - 1; or all UNKNOWN.
         speakers [S] int32 or None: who spoke, where the source says so.
         num_channels: number of input channels.
         class_names: one name a class, in label order.
+        sensor_size: (width, height, polarities) of a 2-D sensor, see this module's head, or None.
     """
 
     times: np.ndarray
@@ -36,9 +53,150 @@ class EventStore:
     speakers: np.ndarray | None
     num_channels: int
     class_names: tuple[str, ...]
+    sensor_size: tuple[int, int, int] | None = None
+
+    @classmethod
+    def from_arrays(
+        cls, times: Sequence[Any], units: Sequence[Any], labels: Sequence[Any] | None = None,
+        speakers: Sequence[Any] | None = None, num_channels: int | None = None,
+        class_names: Sequence[str] | None = None,
+        sensor_size: tuple[int, int, int] | None = None,
+    ) -> EventStore:  # fmt: skip
+        """A store of samples that lie in memory.
+
+        Args:
+            times: of each sample its spike times [E], seconds from its start, in any order.
+            units: of each sample its input channels [E], whole numbers from 0 on; with sensor_size
+                also [E, 3]: column x, row y and polarity of each event.
+            labels [S]: each sample's class, a number from 0 on or a name. None: nobody knows them.
+            speakers [S]: who or what each sample is from, numbers or names. Validation data are
+                whole speakers, where that is affordable.
+            num_channels: C, to 65536. Default: what sensor_size says, else the largest unit + 1.
+            class_names: one a class. Default: the names in labels, in alphabetical order, else
+                numbers.
+            sensor_size: (width, height, polarities) of a 2-D sensor.
+        Returns:
+            The store, checked.
+        Raises:
+            ValueError: arrays of other lengths or types, or values out of their range.
+        """
+        if len(times) != len(units):
+            raise ValueError(f"units: expected {len(times)} samples as in times, got {len(units)}")
+        rows = [
+            _sample(k, t, u, sensor_size) for k, (t, u) in enumerate(zip(times, units, strict=True))
+        ]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(t) for t, _ in rows], out=offsets[1:])
+        flat_units = np.concatenate([np.empty(0, np.int64), *(u for _, u in rows)])
+        if num_channels is None:
+            num_channels = math.prod(sensor_size) if sensor_size else _top(flat_units) + 1
+        if not 1 <= num_channels <= MAX_CHANNELS:
+            raise ValueError(f"num_channels: expected 1..{MAX_CHANNELS}, got {num_channels}")
+        check_range("units", flat_units, num_channels - 1, offsets=offsets)
+        numbers, names = _classes(labels, class_names, len(rows))
+        return cls(
+            times=np.concatenate([np.empty(0, np.float32), *(t for t, _ in rows)]),
+            units=flat_units.astype(np.uint16),
+            offsets=offsets,
+            labels=numbers,
+            speakers=None if speakers is None else _numbered(speakers),
+            num_channels=num_channels,
+            class_names=names,
+            sensor_size=None if sensor_size is None else tuple(map(int, sensor_size)),
+        ).validate("arrays")
+
+    @classmethod
+    def from_frames(
+        cls, counts: Any, bin_seconds: float, labels: Sequence[Any] | None = None,
+        speakers: Sequence[Any] | None = None, class_names: Sequence[str] | None = None,
+    ) -> EventStore:  # fmt: skip
+        """A store of dense spike counts: as many events as were counted, in the middle of the bin.
+
+        data.loader.frames is the way back: binned as they were, the counts are the same.
+
+        Args:
+            counts [S, T, C], or of images [S, T, polarities, height, width]: whole numbers, 0 or
+                more.
+            bin_seconds: length of a bin, seconds. labels, speakers, class_names: as from_arrays.
+        Returns:
+            The store, checked.
+        Raises:
+            ValueError: counts of another rank or no whole numbers, and what from_arrays raises.
+        """
+        counts = np.asarray(counts)
+        if counts.ndim not in (3, 5):
+            raise ValueError(
+                "counts: expected [S, T, C] or [S, T, polarities, height, width], got "
+                f"{list(counts.shape)}"
+            )
+        if not bin_seconds > 0:
+            raise ValueError(f"bin_seconds: expected more than 0, got {bin_seconds!r}")
+        sensor_size = None if counts.ndim == 3 else counts.shape[:1:-1]
+        counts = counts.reshape(*counts.shape[:2], -1)
+        whole = counts.astype(np.int64)
+        if (whole < 0).any() or (whole != counts).any():
+            raise ValueError("counts: expected whole numbers, 0 or more, got others")
+        times, units = [], []
+        for sample in whole:
+            bins, channels = np.nonzero(sample)
+            many = sample[bins, channels]
+            times.append(np.repeat((bins + 0.5) * bin_seconds, many))
+            units.append(np.repeat(channels, many))
+        return cls.from_arrays(
+            times, units, labels, speakers, counts.shape[2], class_names, sensor_size
+        )
+
+    @classmethod
+    def from_tonic(cls, dataset: Iterable[Any]) -> EventStore:
+        """A store of a dataset of tonic's, or of one that is like them.
+
+        Args:
+            dataset: gives of each sample its events, a structured array with the fields t
+                (microseconds), x and, where its sensor has them, y and p, and its label. It has the
+                attribute sensor_size (width, height, polarities), and may have classes and speaker.
+        Returns:
+            The store, checked.
+        Raises:
+            ValueError: events without t or x, a dataset without sensor_size, and what from_arrays
+                raises.
+        """
+        size = getattr(dataset, "sensor_size", None)
+        if size is None or len(size) != 3:
+            raise ValueError(
+                "dataset: expected the attribute sensor_size (width, height, polarities), got "
+                f"{size}"
+            )
+        times, units, labels = [], [], []
+        for events, label in dataset:
+            fields = getattr(events, "dtype", np.dtype(float)).names or ()
+            if "t" not in fields or "x" not in fields:
+                raise ValueError(f"dataset: expected events with the fields t and x, got {fields}")
+            nought = np.zeros(len(events), np.int64)
+            row = events["y"].astype(np.int64) if "y" in fields and size[1] > 1 else nought
+            # of two polarities some sets have 0 and 1, others -1 and 1
+            polarity = (events["p"] > 0).astype(np.int64) if "p" in fields else nought
+            columns = events["x"].astype(np.int64), row, polarity if size[2] > 1 else nought
+            times.append(events["t"] / 1e6)
+            units.append(np.stack(columns, 1))
+            labels.append(label)
+        names, speakers = getattr(dataset, "classes", None), getattr(dataset, "speaker", None)
+        if speakers is not None and len(speakers) != len(labels):
+            speakers = None
+        # sets of sounds are sensors of one row
+        image = tuple(map(int, size)) if size[1] > 1 else None
+        if image is None:
+            units = [sensor_units(rows, size) for rows in units]
+        return cls.from_arrays(
+            times, units, labels, speakers, math.prod(map(int, size)), names, image
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the samples' classes are known."""
+        return not len(self) or bool((self.labels != UNKNOWN).any())
 
     def validate(self, name: str) -> EventStore:
         """Check every promise of the class; returns the store itself.
@@ -64,7 +222,17 @@ class EventStore:
             raise ValueError(f"{name}: expected at least one sample, got none")
         if self.offsets[0] != 0 or self.offsets[-1] != events or (np.diff(self.offsets) < 0).any():
             raise ValueError(f"{name}: offsets: expected to rise from 0 to {events}")
-        check_range(f"{name}: labels", self.labels, len(self.class_names) - 1)
+        if self.labelled:
+            check_range(f"{name}: labels", self.labels, len(self.class_names) - 1)
+        if not 1 <= self.num_channels <= MAX_CHANNELS:
+            raise ValueError(
+                f"{name}: num_channels: expected 1..{MAX_CHANNELS}, got {self.num_channels}"
+            )
+        if self.sensor_size is not None and math.prod(self.sensor_size) != self.num_channels:
+            raise ValueError(
+                f"{name}: sensor_size: expected (width, height, polarities) of "
+                f"{self.num_channels} channels, got {self.sensor_size}"
+            )
         check_range(f"{name}: units", self.units, self.num_channels - 1)
         check_range(f"{name}: times", self.times, MAX_SECONDS, "seconds")
         unsorted = unsorted_samples(self.times, self.offsets)
@@ -93,7 +261,8 @@ class EventStore:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a SHA-256 of all contents: 0.5 s for SHD, a few s for SSC."""
-        digest = hashlib.sha256(repr((self.num_channels, self.class_names)).encode())
+        size = () if self.sensor_size is None else (self.sensor_size,)
+        digest = hashlib.sha256(repr((self.num_channels, self.class_names, *size)).encode())
         for array in (self.times, self.units, self.offsets, self.labels, self.speakers):
             if array is not None:
                 digest.update(f"{array.dtype}{array.shape}".encode())
@@ -105,9 +274,11 @@ class EventStore:
         events = len(self.times)
         speakers = "" if self.speakers is None else f"{len(np.unique(self.speakers))} speakers, "
         last = f", up to {self.times.max():.2f} s" if events else ""
+        classes = f"{len(self.class_names)} classes" if self.labelled else "no labels"
+        size = f" ({' x '.join(map(str, self.sensor_size))})" if self.sensor_size else ""
         return (
-            f"{len(self)} samples, {len(self.class_names)} classes, {speakers}"
-            f"{self.num_channels} channels, {events / max(len(self), 1):.0f} events a sample{last}"
+            f"{len(self)} samples, {classes}, {speakers}{self.num_channels} channels{size}, "
+            f"{events / max(len(self), 1):.0f} events a sample{last}"
         )
 
 
@@ -139,6 +310,95 @@ class DeviceEvents:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def sensor_units(events: Any, sensor_size: Sequence[int]) -> np.ndarray:
+    """The units of a 2-D sensor's events.
+
+    Args:
+        events [E, 3] integer: column x, row y and polarity. sensor_size: (width, height,
+            polarities).
+    Returns:
+        units [E] int64, see this module's head.
+    Raises:
+        ValueError: an event outside the sensor.
+    """
+    events = np.asarray(events)
+    width, height, polarities = map(int, sensor_size)
+    for column, (name, top) in enumerate((("x", width), ("y", height), ("polarity", polarities))):
+        check_range(name, events[:, column], top - 1)
+    x, y, polarity = events.astype(np.int64).T
+    return (polarity * height + y) * width + x
+
+
+def sensor_events(units: np.ndarray, sensor_size: Sequence[int]) -> np.ndarray:
+    """The inverse of sensor_units: column x, row y and polarity of each unit [E, 3] int64."""
+    width, height, _ = map(int, sensor_size)
+    row, x = np.divmod(np.asarray(units, np.int64), width)
+    polarity, y = np.divmod(row, height)
+    return np.stack([x, y, polarity], 1)
+
+
+def _sample(
+    k: int, times: Any, units: Any, sensor_size: tuple[int, int, int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A sample's times [E] float32, sorted, and its units [E] int64; ValueError with its number."""
+    # not in float16, whose microseconds overflow
+    times, units = np.asarray(times).astype(np.float32), np.asarray(units)
+    if times.ndim != 1:
+        raise ValueError(f"times: sample {k}: expected [E], got {list(times.shape)}")
+    shapes = [times.shape] + [(len(times), 3)] * (sensor_size is not None)
+    if units.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"units: sample {k}: expected {expected}, got {list(units.shape)}")
+    if units.size and units.dtype.kind not in "iub":
+        raise ValueError(f"units: sample {k}: expected whole numbers, got {units.dtype}")
+    if units.ndim == 2:
+        try:
+            units = sensor_units(units, sensor_size)
+        except ValueError as error:
+            raise ValueError(f"units: sample {k}: {error}") from None
+    order = np.argsort(times, kind="stable")
+    return times[order], units.astype(np.int64)[order]
+
+
+def _top(values: np.ndarray) -> int:
+    """The largest value; 0 of none."""
+    return int(values.max(initial=0))
+
+
+def _classes(
+    labels: Sequence[Any] | None, class_names: Sequence[str] | None, samples: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as numbers [S] int64, and a name a class; ValueError for what are none."""
+    names = None if class_names is None else tuple(map(str, class_names))
+    if labels is None:
+        return np.full(samples, UNKNOWN, np.int64), names or ()
+    labels = np.asarray(labels)
+    if labels.shape != (samples,):
+        raise ValueError(f"labels: expected [{samples}], got {list(labels.shape)}")
+    if labels.dtype.kind in "iu":
+        top = _top(labels)
+        if names is None and top >= MAX_CHANNELS:
+            raise ValueError(f"labels: expected class_names beside labels of up to {top}")
+        return labels.astype(np.int64), names or tuple(map(str, range(top + 1)))
+    if labels.dtype.kind not in "USO":
+        raise ValueError(f"labels: expected whole numbers or names, got {labels.dtype}")
+    given = [v.decode() if isinstance(v, bytes) else str(v) for v in labels]
+    names = tuple(sorted(set(given))) if names is None else names
+    places = {name: k for k, name in enumerate(names)}
+    for name in given:
+        if name not in places:
+            raise ValueError(f"labels: expected one of class_names, got {name!r}")
+    return np.array([places[name] for name in given], np.int64), names
+
+
+def _numbered(speakers: Sequence[Any]) -> np.ndarray:
+    """Speakers as int32: their numbers, or places in alphabetical order."""
+    speakers = np.asarray(speakers)
+    if speakers.dtype.kind in "iu" and (speakers.astype(np.int32) == speakers).all():
+        return speakers.astype(np.int32)
+    return np.unique(speakers, return_inverse=True)[1].astype(np.int32)
 
 
 def check_range(

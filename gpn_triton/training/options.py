@@ -14,6 +14,7 @@ import torch
 
 from gpn_triton.data.binning import OVERFLOWS, STYLES, Augmentation, BinningConfig
 from gpn_triton.data.datasets import DATASETS, DENSE, MADE
+from gpn_triton.data.events import MAX_CHANNELS
 from gpn_triton.data.hold_out import METHODS
 from gpn_triton.data.sources.images import PIXELS
 from gpn_triton.machine.device import BACKENDS
@@ -36,6 +37,7 @@ ABOVE_0 = (lambda v: v > 0), "more than 0"
 SHARE = (lambda v: 0 <= v < 1), "0 <= value < 1"
 PART = (lambda v: 0 < v < 1), "0 < value < 1"
 WORDS = (lambda v: 2 <= v <= 1980), "2 to 1980"
+CHANNELS = (lambda v: 1 <= v <= MAX_CHANNELS), f"1 to {MAX_CHANNELS}"
 
 
 def option(group: str, default: Any, help: str, **more: Any) -> Any:
@@ -133,6 +135,9 @@ class TrainConfig:
         metavar="FILE.h5",
         help="Names the test data that belong to --train-file, read once at the end; without it a "
         "part of the training data is held out. An unfinished run may be given another.")
+    channels: int | None = option("Data", None, check=CHANNELS, before=700, metavar="C",
+        shown="what the files say, else as far as their units reach",
+        help="Sets how many input channels the files have; a run keeps it for predict and export.")
     data_dir: str = option("Data", "data", result=False, beside=TAKE_UP, metavar="DIR",
         help="Names the folder where the files of shd, ssc and mnist lie.")
     cache_dir: str | None = option("Data", None, result=False, beside=TAKE_UP, metavar="DIR",

@@ -211,6 +211,8 @@ def _refuse_ignored(cfg: TrainConfig, given: dict[str, Any]) -> None:
         ignored["time_constants"] = "--init paper"
     if cfg.init_from is not None:
         ignored |= dict.fromkeys(("init", "time_constants"), "--init-from")
+    if not _own_file(cfg):
+        ignored["channels"] = data
     if cfg.made not in MADE:
         ignored["samples"] = data
     if cfg.made not in ("synthetic", "recall"):

@@ -107,6 +107,7 @@ class Run:
             "class_names": splits.train.class_names,
             "layers": self._layers(),
             "num_channels": splits.train.num_channels,
+            "sensor_size": getattr(splits.train, "sensor_size", None),
         }
         self.header["ran_on"] = [self._here()]
         # the result depends on these options

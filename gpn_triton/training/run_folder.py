@@ -39,7 +39,7 @@ CHECKPOINTS, KEPT_CHECKPOINTS = "checkpoint-*.pt", 2
 # weights of an epoch that --keep-epochs names
 KEPT = "epoch-*.safetensors"
 SEED = "seed-"
-# of the files in SHD's layout that the training command reads, and of runs that do not say
+# of runs that do not say it, since they were made before files could
 NUM_CHANNELS = 700
 
 
@@ -279,13 +279,14 @@ class TrainedRun:
 
     config: as it was trained. model: with the best epoch's weights, float32, in evaluation mode, on
     the CPU. class_names: as the training data named them, else the classes' numbers. num_channels:
-    of the training data, before they were binned.
+    of the training data, before they were binned. sensor_size: theirs, see data.events, or None.
     """
 
     config: TrainConfig
     model: SpikingClassifier
     class_names: tuple[str, ...]
     num_channels: int
+    sensor_size: tuple[int, int, int] | None = None
 
     def at(self, time_bins: int, max_time: float) -> tuple[TrainedRun, str]:
         """The same network on other bins, see neurons.time_steps; and what was done, in words.
@@ -334,13 +335,16 @@ def load_run(run: str | Path) -> TrainedRun:
         raise ValueError(f"weights: {weights} cannot be read: {error}") from None
     # what is computed is the same with every backend
     cfg = TrainConfig(**{**values, "backend": "auto"})
-    channels = _header(run).get("num_channels", NUM_CHANNELS)
+    header = _header(run)
+    channels = header.get("num_channels", cfg.channels or NUM_CHANNELS)
     model = build_model(cfg, build_binning(cfg).columns(channels), classes)
     load_weights(weights, model)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"weights: {weights}: {name} holds values that are not finite")
-    return TrainedRun(cfg, model.eval(), class_names(run, classes), channels)
+    size = header.get("sensor_size")
+    names = class_names(run, classes)
+    return TrainedRun(cfg, model.eval(), names, channels, size and tuple(size))
 
 
 def _header(run: str | Path) -> dict[str, Any]:
