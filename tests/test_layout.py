@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "kernels": (
         "binning binning_cpu cpu events_cpu gpn_backward gpn_cpu gpn_forward inner_ear "
-        "inner_ear_cpu lif_cpu offline operands pointwise pointwise_cpu spikes tiles",
+        "inner_ear_cpu lif_cpu linear_cpu offline operands pointwise pointwise_cpu spikes tiles",
         "",
     ),
     "machine": ("device distributed figure files graphs interrupt profile provenance", ""),
     "neurons": (
         "checks cost derivatives event_linear explain gpn gpn_options jacobian layers lif networks "
-        "recurrence_torch reference spike_linear surrogate time_steps",
+        "recurrence_torch reference row_linear sequences spike_linear surrogate time_steps",
         "machine kernels",
     ),
     "data": (
@@ -48,7 +48,8 @@ ROOMS = {
 # whoever else imports a kernel
 KERNEL_IMPORTERS = {
     "neurons.derivatives", "neurons.explain", "neurons.gpn", "neurons.lif",
-    "neurons.recurrence_torch", "neurons.event_linear", "neurons.spike_linear", "data.binning",
+    "neurons.recurrence_torch", "neurons.event_linear", "neurons.row_linear",
+    "neurons.spike_linear", "data.binning",
     "audio.ear",
 }  # fmt: skip
 # what the package's face shows comes from here

@@ -35,7 +35,7 @@ def quiet(neuron="gpn", hidden=(16, 12), time_constants=(1.0, 20.0)):
 @pytest.mark.parametrize("variant", GATES)
 def test_a_quiet_layer_begins_as_leaky_integrators_over_its_time_constants(variant):
     torch.manual_seed(0)
-    layer, paper = GPN(20, variant, time_constants=(2.0, 200.0)), GPN(20, variant)
+    layer, paper = GPN(20, variant=variant, time_constants=(2.0, 200.0)), GPN(20, variant=variant)
     gates = layer.gates()
     assert tuple(gates) == GATES[variant]
     if "f" in gates:

@@ -255,7 +255,7 @@ def test_a_network_in_a_half_type_classifies_trains_and_streams(neuron, readout,
 @pytest.mark.parametrize("variant", ["full", "no-fi", "no-t"])
 def test_authors_weights_round_trip(variant):
     torch.manual_seed(0)
-    layer, other = GPN(6, variant).eval(), GPN(6, variant).eval()
+    layer, other = GPN(6, variant=variant).eval(), GPN(6, variant=variant).eval()
     other.load_authors_weights(*layer.authors_weights())
     x = torch.randn(4, 2, 6)
     assert torch.equal(layer(x)[1], other(x)[1])

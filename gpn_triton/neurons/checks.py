@@ -9,25 +9,29 @@ from torch.nn.utils.rnn import PackedSequence
 from gpn_triton.machine.device import autocast_dtype
 
 
-def check_sequence(x: object, size: int | None = None, letter: str = "N") -> None:
+def check_sequence(
+    x: object, size: int | None = None, letter: str = "N", order: str = "T, B"
+) -> None:
     """Refuse what is no sequence [T, B, size] of a floating dtype; size None: any, by its letter.
+
+    order: of its first two dimensions.
 
     Raises:
         TypeError: no tensor. ValueError: another rank, size or dtype.
     """
     if isinstance(x, PackedSequence):
         raise TypeError(
-            "x: expected a tensor, got a PackedSequence: sequences are as long as their batch. Pad "
-            "them with torch.nn.utils.rnn.pad_packed_sequence, and read from output='spikes' the "
-            "bins that are each one's own, or run those of equal length together"
+            "x: expected a tensor, got a PackedSequence, which the layer GPN takes, but neither "
+            "gpn() nor other layers and networks. Pad it with "
+            "torch.nn.utils.rnn.pad_packed_sequence; gpn() takes the lengths"
         )
     if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor [T, B, {letter}], got {type(x).__name__}")
+        raise TypeError(f"x: expected a tensor [{order}, {letter}], got {type(x).__name__}")
     got = list(x.shape)
     if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x: expected [T, B, {letter}], each size at least 1, got {got}")
+        raise ValueError(f"x: expected [{order}, {letter}], each size at least 1, got {got}")
     if size is not None and x.shape[2] != size:
-        raise ValueError(f"x: expected [T, B, {size}], got {got}")
+        raise ValueError(f"x: expected [{order}, {size}], got {got}")
     if not x.dtype.is_floating_point:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}: give x.float()")
 

@@ -1,17 +1,21 @@
 """Spiking layers as nn.Modules: GPN and the neurons the paper compares it with.
 
 Each takes a synaptic current x [T, B, N] and an optional state, and returns spikes [T, B, N] and
-the state after the last step, as nn.LSTM does.
+the state after the last step, as nn.LSTM does. GPN also takes what else nn.LSTM takes: inputs of
+another size, several layers and directions, batches first, one sequence alone, and sequences of
+lengths of their own, packed or padded.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from gpn_triton.machine.device import BACKENDS
 from gpn_triton.neurons import reference
@@ -19,7 +23,8 @@ from gpn_triton.neurons.checks import check_fits, check_sequence
 from gpn_triton.neurons.gpn import gpn_packed
 from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
 from gpn_triton.neurons.lif import cuba_lif, lif
-from gpn_triton.neurons.spike_linear import PackedPair
+from gpn_triton.neurons.sequences import run_layers, time_first
+from gpn_triton.neurons.spike_linear import PackedPair, SpikeLinear, Spikes
 
 # the quiet start multiplies the gates' rows by this; see docs/results/long-sequences.md
 QUIET = 0.2
@@ -34,20 +39,43 @@ class Gate(NamedTuple):
 
 
 class GPN(nn.Module):
-    """A layer of Gated Parametric Neurons.
+    """Gated Parametric Neurons, with the surface of nn.LSTM; see forward for shapes.
+
+    GPN(N) is one layer of N neurons that takes their synaptic current. GPN(C, N) has a Linear from
+    C inputs to that current before its neurons, as nn.LSTM(C, N) has within its gates.
 
     Args:
-        hidden_size: number of neurons N.
-        variant, surrogate, alpha, backend, checkpoint_every, output: as gpn().
+        input_size: inputs C; None: there is no Linear, and the input is the current of N neurons.
+        hidden_size: neurons N of each layer and direction.
+        num_layers: layers, each behind a Linear on the spikes of the one before.
+        batch_first: whether batches are [B, T, C] and not [T, B, C]; states are not affected.
+        dropout: share of the spikes between two layers silenced in training, the mask held over
+            time (nn.LSTM draws it at each step).
+        bidirectional: whether each layer has a second one that reads from the last step to the
+            first; their spikes stand side by side.
+        variant, surrogate, alpha, backend, checkpoint_every, output: as gpn(); the mean is that of
+            the last layer.
         reset_std: deviation of v_reset, drawn once a sequence in training; 0 in evaluation.
         time_constants: None starts as the paper does; (shortest, longest), in bins, starts
             quietly, see reset_parameters.
+        device, dtype: of the parameters, as nn.LSTM.
+    Attributes:
+        layers: where there are several layers or directions, a GPN for each, in the order of
+            nn.LSTM's states: layer by layer, forward first; else None.
+    Raises:
+        ValueError: an option that does not fit, or that has no effect.
     Source: arXiv 2412.01087; the paper's start is that of the authors' Linear(2 N, G N).
     """
 
     def __init__(
         self,
-        hidden_size: int,
+        input_size: int | None = None,
+        hidden_size: int | None = None,
+        num_layers: int = 1,
+        *,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
         variant: str = "full",
         surrogate: str = "atan",
         alpha: float = 2.0,
@@ -56,40 +84,89 @@ class GPN(nn.Module):
         output: str = "spikes",
         reset_std: float = 0.05,
         time_constants: tuple[float, float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        if hidden_size is None:
+            # GPN(N)
+            input_size, hidden_size = None, input_size
+        for name, size in (
+            ("hidden_size", hidden_size), ("input_size", input_size), ("num_layers", num_layers)
+        ):  # fmt: skip
+            optional = name == "input_size" and size is None
+            if not optional and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name}: expected at least 1, got {size!r}")
         check_time_constants(time_constants)
-        self.hidden_size = hidden_size
+        if dropout and num_layers == 1:
+            raise ValueError(f"dropout: has no effect with one layer, expected 0, got {dropout}")
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.batch_first, self.bidirectional = batch_first, bidirectional
         self.time_constants = time_constants
         self.options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
         self.reset_std = reset_std
-        rows = len(reference.GATES[variant]) * hidden_size
-        for name, shape in (
-            ("weight_x", (rows, hidden_size)),
-            ("weight_v", (rows, hidden_size)),
-            ("bias", (rows,)),
-        ):
-            parameter = nn.Parameter(torch.empty(shape)) if rows else None
-            self.register_parameter(name, parameter)
-        self.reset_parameters()
+        self.dropout = HeldDropout(dropout)
+        self.layers = self.input = None
+        for name in ("weight_x", "weight_v", "bias"):
+            self.register_parameter(name, None)
+        where = {"device": device, "dtype": dtype}
+        if num_layers == 1 and not bidirectional:
+            self._make(where)
+        else:
+            self.layers = nn.ModuleList(self._parts(where))
+
+    def _make(self, where: dict) -> None:
+        """Give one layer in one direction its parameters."""
+        N, backend = self.hidden_size, self.options.backend
+        if self.input_size is not None:
+            self.input = SpikeLinear(self.input_size, N, backend, by_row=True, **where)
+        rows = len(reference.GATES[self.variant]) * N
+        if rows:
+            self.weight_x, self.weight_v, self.bias = (
+                nn.Parameter(torch.empty(shape, **where)) for shape in ((rows, N), (rows, N), rows)
+            )
+        self._reset_gates()
+
+    def _parts(self, where: dict) -> Iterator[GPN]:
+        """The layers of several, each in one direction."""
+        directions = 1 + self.bidirectional
+        options = asdict(self.options)
+        every, output = options.pop("every"), options.pop("output")
+        for layer in range(self.num_layers):
+            last = layer == self.num_layers - 1
+            inputs = self.input_size if layer == 0 else directions * self.hidden_size
+            for _ in range(directions):
+                yield GPN(
+                    inputs, self.hidden_size, checkpoint_every=every, reset_std=self.reset_std,
+                    output=output if last else "spikes", time_constants=self.time_constants,
+                    **options, **where,
+                )  # fmt: skip
 
     @property
     def variant(self) -> str:
         """Which of the paper's neurons this is."""
         return self.options.variant
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every weight from U(-k, k), k = 1 / sqrt(2 N); then, with time_constants, be quiet.
+        """Draw every weight anew: a Linear's as nn.Linear does, the gates' from U(-k, k),
+        k = 1 / sqrt(2 N); then, with time_constants, be quiet.
 
         The quiet start makes leaky integrators of the neurons, so that the step's Jacobian is near
         diag(f): the forget gates' biases give time constants spread evenly over the logarithm of
         the range, the weights of f and i are small, and the bypass is 0.
         """
+        if self.layers is not None:
+            for layer in self.layers:
+                layer.reset_parameters()
+            return
+        if self.input is not None:
+            self.input.reset_parameters()
+        self._reset_gates()
+
+    @torch.no_grad()
+    def _reset_gates(self) -> None:
         k = (2 * self.hidden_size) ** -0.5
-        for parameter in self.parameters():
+        for parameter in self._own():
             nn.init.uniform_(parameter, -k, k)
         if self.time_constants is None:
             return
@@ -105,41 +182,78 @@ class GPN(nn.Module):
             decay = torch.exp(-1 / torch.exp(low + (high - low) * steps))
             gates["f"].bias.copy_(torch.logit(decay))
 
+    def _own(self) -> list[Tensor]:
+        """weight_x, weight_v and bias, those that there are; ValueError of several layers."""
+        if self.layers is not None:
+            raise ValueError(
+                f"layers: expected one layer in one direction, got {len(self.layers)}: ask each of "
+                "the layers"
+            )
+        return [p for p in (self.weight_x, self.weight_v, self.bias) if p is not None]
+
     def gates(self) -> dict[str, Gate]:
-        """The parameters of each gate that the variant has, as views."""
-        parts = zip(*(p.split(self.hidden_size) for p in self.parameters()), strict=True)
+        """The parameters of each gate that the variant has, as views; of one layer alone."""
+        parts = zip(*(p.split(self.hidden_size) for p in self._own()), strict=True)
         return dict(zip(reference.GATES[self.variant], map(Gate._make, parts), strict=True))
 
     def forward(
-        self, x: Tensor, v0: Tensor | None = None, v_reset: Tensor | None = None,
+        self, x: Tensor | PackedSequence, v0: Tensor | None = None, v_reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Run the layer.
+    ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
+        """Run the layer, or the layers one after the other.
 
         Args:
-            x [T, B, N]: synaptic current. v0 [B, N]: membrane at t = 0, default v_reset.
-            v_reset [B, N]: default: drawn in training, zeros in evaluation. lengths [B] int: see
-            gpn().
+            x [T, B, C], with batch_first [B, T, C]; [T, C]: one sequence alone; or a
+                PackedSequence. Without input_size C is N: the synaptic current.
+            v0 [B, N]: membrane at t = 0, default v_reset. Of several layers or directions
+                [num_layers directions, B, N], as nn.LSTM's h_0. Of one sequence alone without B.
+            v_reset: of v0's shape; default: drawn in training, zeros in evaluation.
+            lengths [B] int: steps of each sequence, see gpn(); a direction backwards begins at its
+                last.
         Returns:
-            spikes [T, B, N] (or their mean over time [B, N]), v_final [B, N]: a pair, which carries
-            the packed spikes that gpn_packed gives, for the next layer's SpikeLinear.
+            spikes as x came, in the last dimension N, or 2 N of two directions (or their mean over
+            time [B, N], [B, 2 N]); v_final of v0's shape: after the last step, or after the first
+            of a direction backwards. Both as a pair, which of a plain [T, B, C] carries the packed
+            spikes that gpn_packed gives, for the next layer's SpikeLinear.
+        Raises:
+            TypeError: x, a state or lengths that are no tensors. ValueError: what does not fit.
         """
-        check_sequence(x, self.hidden_size)
+        size = self.hidden_size if self.input_size is None else self.input_size
+        letter = "N" if self.input_size is None else "C"
+        x, lengths, layout = time_first(x, lengths, self.batch_first, size, letter)
+        states = layout.state(v0), layout.state(v_reset)
+        if self.layers is None:
+            result = self.run(x, *states, lengths)
+        else:
+            result = run_layers(
+                self.layers, 1 + self.bidirectional, self.dropout.draw, x, *states, lengths
+            )
+        if layout.plain:
+            return result
+        return PackedPair(layout.spikes_back(result[0]), layout.state_back(result[1]))
+
+    def run(
+        self, x: Tensor | Spikes, v0: Tensor | None, v_reset: Tensor | None, lengths: Tensor | None
+    ) -> PackedPair:
+        """As forward, of one layer alone and x [T, B, C] alone; x may be another layer's Spikes."""
+        current = x if self.input is None else self.input(x)
         if v_reset is None:
-            v_reset = self.draw(x.shape[1], x)
+            v_reset = self.draw(current.shape[1], current)
         weights = self.weight_x, self.weight_v, self.bias
-        spikes, v_final, bits = gpn_packed(x, weights, v_reset, v0, self.options, lengths)
+        spikes, v_final, bits = gpn_packed(current, weights, v_reset, v0, self.options, lengths)
         return PackedPair(spikes, v_final).carry(bits)
 
     def gates_at(self, x_t: Tensor, v: Tensor) -> reference.Gates:
-        """The gates of one step, of current and membrane [B, N]."""
+        """The gates of one step, of current and membrane [B, N]; of one layer alone."""
+        self._own()
         weights = self.weight_x, self.weight_v, self.bias
         return reference.gpn_gates(x_t, v, weights, self.variant)
 
     def step(
         self, x_t: Tensor, v: Tensor | None = None, gates: reference.Gates | None = None
     ) -> reference.Step:
-        """One step of x_t [B, N], by the specification and without noise.
+        """One step of the current x_t [B, N], by the specification and without noise; of one layer
+        alone.
 
         gates: in place of its own.
         """
@@ -166,6 +280,7 @@ class GPN(nn.Module):
         Raises:
             ValueError: shapes that do not fit this layer.
         """
+        self._own()
         rows, N = len(reference.GATES[self.variant]) * self.hidden_size, self.hidden_size
         for name, tensor, shape in (
             ("ln_weight", ln_weight, [rows, 2 * N]),
@@ -182,13 +297,16 @@ class GPN(nn.Module):
 
     def authors_weights(self) -> tuple[Tensor, Tensor]:
         """The inverse of load_authors_weights: ln_weight [G N, 2 N], ln_bias [G N]."""
-        if self.bias is None:
+        if not self._own():
             raise ValueError(f"variant: {self.variant} has no weights")
         return torch.cat([self.weight_v, self.weight_x], 1).detach(), self.bias.detach().clone()
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in asdict(self.options).items())
-        return f"{self.hidden_size}, {options}"
+        sizes = "" if self.input_size is None else f"{self.input_size}, "
+        surface = {"num_layers": 1, "batch_first": False, "bidirectional": False}
+        given = {k: getattr(self, k) for k, v in surface.items() if getattr(self, k) != v}
+        options = (f"{k}={v!r}" for k, v in (given | asdict(self.options)).items())
+        return f"{sizes}{self.hidden_size}, {', '.join(options)}"
 
 
 def check_time_constants(time_constants: tuple[float, float] | None) -> None:

@@ -10,7 +10,7 @@ NEURONS is the table of neurons: a new one is a row here, and a layer in a file 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -85,8 +85,9 @@ def _gpn(variant: str) -> Neuron:
     def build(
         inputs: int, N: int, options: GPNOptions, time_constants: tuple[float, float] | None
     ) -> nn.Module:
-        own = astuple(replace(options, variant=variant))
-        return GPN(N, *own, time_constants=time_constants)
+        own = asdict(replace(options, variant=variant))
+        every = own.pop("every")
+        return GPN(N, checkpoint_every=every, time_constants=time_constants, **own)
 
     work = cost.gated_spiking(len(GATES[variant]))
     return Neuron(build, work, gpn_compiles_first, BACKENDS, is_gpn=True, membrane=_itself)

@@ -27,6 +27,7 @@ from gpn_triton.neurons.derivatives import beyond_operators, refuse_second
 from gpn_triton.neurons.event_linear import Cells, event_linear
 from gpn_triton.neurons.gpn_options import check_choice
 from gpn_triton.neurons.recurrence_torch import unpack_spikes
+from gpn_triton.neurons.row_linear import row_linear
 
 # of the operand that backward rebuilds at a time. On a GPU it stays in the L2 cache between the
 # kernel that writes it and the product that reads it (unmeasured). On a CPU, at T = 100, B = 256,
@@ -84,15 +85,18 @@ class SpikeLinear(nn.Linear):
     Args:
         in_features, out_features: as nn.Linear. backend: as spike_linear. normalises: whether it
             has the parameter gain [out_features] and the buffers centre [in_features] and
-            scale [out_features].
+            scale [out_features]. by_row: whether, in float64 on a CPU, a step's current is the same
+            bits whatever else is in the batch (row_linear). device, dtype: as nn.Linear.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, backend: str = "auto", normalises: bool = False
-    ):
-        super().__init__(in_features, out_features)
+        self, in_features: int, out_features: int, backend: str = "auto", normalises: bool = False,
+        by_row: bool = False, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, device=device, dtype=dtype)
         check_choice("backend", backend, BACKENDS)
-        self.backend = backend
+        self.backend, self.by_row = backend, by_row
         gain = nn.Parameter(torch.ones(out_features)) if normalises else None
         self.register_parameter("gain", gain)
         self.register_buffer("centre", torch.zeros(in_features) if normalises else None)
@@ -144,13 +148,14 @@ class SpikeLinear(nn.Linear):
         if isinstance(x, Cells):
             return event_linear(x, weight, bias)
         if isinstance(x, Spikes):
-            if x.bits is not None and self._unchanged(x):
+            exact = self.by_row and x.values.dtype == torch.float64
+            if x.bits is not None and not exact and self._unchanged(x):
                 return spike_linear(*x[:3], weight, bias, self.backend)
             x = x.dense()
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [T, B, {self.in_features}], got {list(x.shape)}")
         check_fits(x, self.weight)
-        return F.linear(x, weight, bias)
+        return row_linear(x, weight, bias) if self.by_row else F.linear(x, weight, bias)
 
     def _unchanged(self, x: Spikes) -> bool:
         """Whether no hook has changed the values since they were packed; torch.compile, which
