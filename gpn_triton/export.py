@@ -6,7 +6,8 @@ python -m gpn_triton.export RUN --out DIR
 DIR then holds model.safetensors (weights), model.json (the network, its classes and how events are
 binned for it) and, for GPN networks, authors.safetensors: the same weights under the names and in
 the layout of the authors' published implementation, fc1, sn1.ln, fc2 and so on, whose
-sn1.ln.weight [4 N, 2 N] has the columns of v, then those of x. This reads the first two back:
+sn1.ln.weight [4 N, 2 N] has the columns of v, then those of x. SpikingClassifier.from_pretrained
+reads the first two back, from_authors the third. What the first does is no more than this:
 
     import json
     from pathlib import Path
@@ -25,69 +26,33 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
 
 from gpn_triton.data.binning import BinningConfig
 from gpn_triton.machine import files, interrupt
-from gpn_triton.neurons.layers import GPN
-from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
-from gpn_triton.training import run_folder
-from gpn_triton.training.build import build_binning, network_arguments
+from gpn_triton.neurons.networks import NEURONS
+from gpn_triton.neurons.pretrained import authors_weights
 from gpn_triton.training.parser import Parser
 from gpn_triton.training.run_folder import TrainedRun, load_run
 
-# raised when what the files hold changes
-FORMAT = 1
-
 
 def describe(trained: TrainedRun) -> dict[str, Any]:
-    """A run's network as JSON values.
+    """What model.json says beside the network, as JSON values.
 
     Returns:
-        format; network: the arguments of SpikingClassifier; class_names; binning: how events become
-        its input [time_bins, B, inputs]: num_channels, channel_bin (channels summed into one),
-        max_time (seconds), overflow and style, as data.binning.BinningConfig. Of a 2-D sensor
-        sensor_size: (width, height, polarities), see data.events for the order of its channels.
+        class_names; binning: how events become its input [time_bins, B, inputs]: num_channels,
+        channel_bin (channels summed into one), max_time (seconds), overflow and style, as
+        data.binning.BinningConfig; of a 2-D sensor sensor_size: (width, height, polarities), see
+        data.events for the order of its channels.
     """
-    cfg, classes = trained.config, len(trained.class_names)
-    network = network_arguments(cfg, build_binning(cfg).columns(trained.num_channels), classes)
-    binning = cfg.settings(BinningConfig)
-    # what changes neither the network nor what it computes, and what the network has already
-    for name in ("backend", "checkpoint_every", "time_constants"):
-        del network[name]
+    binning = trained.config.settings(BinningConfig)
+    # the network has it already
     del binning["time_bins"]
     size = {} if trained.sensor_size is None else {"sensor_size": trained.sensor_size}
     return {
         **size,
-        "format": FORMAT,
-        "network": network,
         "class_names": trained.class_names,
         "binning": {"num_channels": trained.num_channels, **binning},
     }
-
-
-def authors_weights(model: SpikingClassifier) -> dict[str, Tensor]:
-    """The weights of a GPN network of L hidden layers under the authors' names.
-
-    Returns:
-        fc1..fc{L + 1}.weight and .bias, the last one the readout; sn1..snL.ln.weight [G N, 2 N],
-        columns of v, then of x, and .bias [G N], rows in the order f, i, b, theta. A layer of the
-        variant no-fitb has no sn weights.
-    Raises:
-        ValueError: not a GPN network.
-    Source: the authors' implementation of arXiv 2412.01087.
-    """
-    tensors = {}
-    for k, linear in enumerate([*model.inputs, model.output], 1):
-        if k <= len(model.neurons):
-            neuron = model.neurons[k - 1]
-            if not isinstance(neuron, GPN):
-                raise ValueError(f"neuron: expected a GPN network, got {model.neuron}")
-            if neuron.bias is not None:
-                weight, bias = neuron.authors_weights()
-                tensors |= {f"sn{k}.ln.weight": weight, f"sn{k}.ln.bias": bias}
-        tensors |= {f"fc{k}.{name}": tensor.detach() for name, tensor in linear.named_parameters()}
-    return tensors
 
 
 def export(run: str | Path, out: str | Path) -> list[Path]:
@@ -104,10 +69,7 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
     trained, out = load_run(run), Path(out)
     # other programs know Linear alone
     trained.model.fold()
-    out.mkdir(parents=True, exist_ok=True)
-    written = [out / "model.safetensors", out / "model.json"]
-    run_folder.save_weights(written[0], trained.model)
-    run_folder.write_json(written[1], describe(trained))
+    written = trained.model.save_pretrained(out, describe(trained))
     if NEURONS[trained.config.neuron].is_gpn:
         written.append(out / "authors.safetensors")
         content = save(authors_weights(trained.model))

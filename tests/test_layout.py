@@ -20,7 +20,8 @@ ROOMS = {
     "machine": ("device distributed figure files graphs interrupt profile provenance", ""),
     "neurons": (
         "checks cost derivatives event_linear explain gpn gpn_options jacobian layers lif networks "
-        "recurrence_torch reference row_linear sequences spike_linear surrogate time_steps",
+        "pretrained recurrence_torch reference row_linear sequences spike_linear states surrogate "
+        "time_steps",
         "machine kernels",
     ),
     "data": (

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,10 @@ from gpn_triton.neurons.layers import (
     check_time_constants,
 )
 from gpn_triton.neurons.lif import cuba_lif_compiles_first, lif_compiles_first
+from gpn_triton.neurons.pretrained import Pretrained
 from gpn_triton.neurons.reference import GATES
 from gpn_triton.neurons.spike_linear import SpikeLinear, Spikes
+from gpn_triton.neurons.states import Draws, StreamState
 
 
 @dataclass(frozen=True)
@@ -149,42 +151,10 @@ NEURONS = {"gpn" if variant == "full" else f"gpn-{variant}": _gpn(variant) for v
 READOUTS = ("mean", "last", "membrane")
 
 
-class Draws(NamedTuple):
-    """A hidden layer's random draws for a batch; None: it makes none."""
-
-    v_reset: Tensor | None
-    mask: Tensor | None
-
-    def part(self, first: int, last: int) -> Draws:
-        """Those of the batch's rows first..last - 1."""
-        return Draws(*(None if drawn is None else drawn[first:last] for drawn in self))
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """Where a stream stands: all that SpikingClassifier.stream needs of the bins before.
-
-    neurons: the state of each hidden layer, as that layer returns it. steps: bins seen.
-    readout [B, N]: of the last layer's output the sum over those bins, or, for readout last, the
-    last bin's.
-    """
-
-    neurons: tuple[Any, ...]
-    readout: Tensor
-    steps: int
-
-    def detach(self) -> StreamState:
-        """The same numbers, through which no gradient goes."""
-        return StreamState(_detached(self.neurons), self.readout.detach(), self.steps)
-
-
-def _detached(state: Any) -> Any:
-    """A state, a tensor or a tuple of such, without its graph."""
-    return tuple(map(_detached, state)) if isinstance(state, tuple) else state.detach()
-
-
-class SpikingClassifier(nn.Module):
+class SpikingClassifier(Pretrained):
     """A network of spiking layers that classifies sequences of binned events.
+
+    save_pretrained keeps it in a folder; from_pretrained, from_run and from_authors read one.
 
     Args:
         hidden: neurons of each hidden layer, input side first.
@@ -236,6 +206,12 @@ class SpikingClassifier(nn.Module):
         options = GPNOptions("full", surrogate, alpha, backend, checkpoint_every)
         check_time_constants(time_constants)
         quiet = time_constants is not None
+        self.arguments = {
+            "hidden": list(hidden), "neuron": neuron, "inputs": inputs, "classes": classes,
+            "dropout": dropout, "readout": readout, "time_bins": time_bins, "surrogate": surrogate,
+            "alpha": alpha, "backend": backend, "checkpoint_every": checkpoint_every,
+            "time_constants": time_constants,
+        }  # fmt: skip
         self.neuron = neuron
         self.hidden = tuple(hidden)
         self.readout = readout

@@ -21,20 +21,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import nn
 
 from gpn_triton.data.datasets import class_difference
 from gpn_triton.machine.files import write_atomically
 from gpn_triton.machine.profile import PROFILE, TRACE
 from gpn_triton.neurons.networks import SpikingClassifier
+from gpn_triton.neurons.pretrained import (
+    RUN_OPTIONS,
+    RUN_WEIGHTS,
+    load_weights,
+    save_weights,
+)
 from gpn_triton.neurons.time_steps import change_time_step
 from gpn_triton.training.build import build_binning, build_model
 from gpn_triton.training.objective import Epoch
 from gpn_triton.training.options import TrainConfig, check_names, completed
 
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
-WEIGHTS, CURVES = "best.safetensors", "curves.png"
+CONFIG, METRICS, RESULT = RUN_OPTIONS, "metrics.jsonl", "result.json"
+WEIGHTS, CURVES = RUN_WEIGHTS, "curves.png"
 CHECKPOINTS, KEPT_CHECKPOINTS = "checkpoint-*.pt", 2
 # weights of an epoch that --keep-epochs names
 KEPT = "epoch-*.safetensors"
@@ -121,28 +126,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Write a model's parameters and buffers as safetensors."""
-    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-    write_atomically(path, lambda file: file.write(save(tensors)))
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Read what save_weights wrote into a model of the same shape.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not safetensors, or of another model.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
-    try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        # the first of several lines says only that there is an error
-        reason = str(error).strip().splitlines()[:2][-1].strip()
-        raise ValueError(f"weights: {path} does not fit this network: {reason}") from None
 
 
 def keep_weights(run: Path, model: nn.Module, epoch: int) -> None:
