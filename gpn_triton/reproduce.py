@@ -34,7 +34,7 @@ SPLIT, LEAVE_OUT = PROTOCOLS = ("split", "leave-one-speaker-out")
 # options of one training that a grid sets itself, or that name one training
 OWN = (
     "neuron", "lr", "dataset", "train_file", "valid_file", "test_file", "resume", "eval_only",
-    "profile", "track", "out", "test_speaker",
+    "profile", "quiet", "track", "out", "test_speaker",
 )  # fmt: skip
 
 

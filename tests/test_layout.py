@@ -31,8 +31,8 @@ ROOMS = {
         "neurons machine kernels",
     ),
     "training": (
-        "build curves engine experiment objective options parser presets run run_folder schedule "
-        "trackers",
+        "build curves engine experiment objective options parser presets progress run run_folder "
+        "schedule trackers",
         "data neurons machine",
     ),
     "audio": ("ear encoding picture recordings reference", "data machine kernels"),

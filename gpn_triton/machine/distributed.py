@@ -78,16 +78,18 @@ class World:
 
     Args:
         rank, size: this process's number and how many there are. control: a group for small
-            questions between hosts, which must not wait for a GPU.
+            questions between hosts, which must not wait for a GPU. quiet: whether it says nothing
+            but what matters.
     """
 
     rank: int = 0
     size: int = 1
     control: dist.ProcessGroup | None = None
+    quiet: bool = False
 
     @classmethod
     @contextmanager
-    def join(cls, device: torch.device) -> Iterator[World]:
+    def join(cls, device: torch.device, quiet: bool = False) -> Iterator[World]:
         """Join the processes that torchrun started, if it did, for as long as the context lasts.
 
         An error that leaves the context is told to the others, which would wait; where one of them
@@ -95,12 +97,12 @@ class World:
 
         Args:
             device: of this process, as own_device gave it. Tensors travel by NCCL between GPUs, by
-                gloo between CPUs.
+                gloo between CPUs. quiet: as World's.
         Raises:
             LostProcess: another process ended, which one and why, within a minute.
         """
         if not several():
-            yield cls()
+            yield cls(quiet=quiet)
             return
         cuda = device.type == "cuda"
         store, rank, size = next(dist.rendezvous("env://"))
@@ -114,7 +116,7 @@ class World:
         watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size)
         watch.start()
         try:
-            world = cls(rank, size, control)
+            world = cls(rank, size, control, quiet)
             yield world
             # the store may be in one of the processes
             world.barrier()
@@ -132,9 +134,9 @@ class World:
         """Whether this process writes the run's files and prints."""
         return self.rank == 0
 
-    def say(self, line: str) -> None:
-        """Print a line, once however many processes there are."""
-        if self.is_writer:
+    def say(self, line: str, matters: bool = False) -> None:
+        """Print a line, once however many processes there are; matters: also where all is quiet."""
+        if self.is_writer and (matters or not self.quiet):
             print(line)
 
     def part(self, indices: Tensor) -> tuple[Tensor, int, int]:

@@ -18,6 +18,7 @@ from gpn_triton.training import run_folder
 from gpn_triton.training.build import amp_dtype, build_network
 from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
+from gpn_triton.training.progress import aligned
 from gpn_triton.training.run import Interrupted, Run
 from gpn_triton.training.trackers import check_trackers
 
@@ -48,19 +49,21 @@ def run_experiment(cfg: TrainConfig) -> None:
     source = DataSource(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(DataSource)})
     # split with the same seed whatever the training seed, so that seeds compare like with like
     splits = load_splits(source)
-    with World.join(device) as world:
+    with World.join(device, cfg.quiet) as world:
         world.say(f"{splits.description}\n{splits.train.summary()}")
         threads = torch.get_num_threads()
         asks = world.is_writer and device.type == "cpu" and threads > 1
         if asks and (slowdown := thread_slowdown()) > WAITING:
             world.say(
                 f"warning: {threads} threads take {slowdown:.1f} times as long as one for a small "
-                "product, since other work holds the cores: OMP_NUM_THREADS=1 would be faster"
+                "product, since other work holds the cores: OMP_NUM_THREADS=1 would be faster",
+                matters=True,
             )
         if cfg.amp and not amp_dtype(cfg, device):
             world.say(
                 f"--amp {cfg.amp}: this CPU has no arithmetic for it and would emulate it, several "
-                "times as slow: computing in float32"
+                "times as slow: computing in float32",
+                matters=True,
             )
         if row.compiles_first and row.compiles_first(backend, example):
             world.say("the first step compiles the kernels for this CPU, once: some 10 s")
@@ -74,14 +77,16 @@ def run_experiment(cfg: TrainConfig) -> None:
         try:
             results = train_seeds(cfg, run, splits, device, world)
         except Interrupted as stop:
-            world.say(f"{stop}; go on with --resume {run}")
+            world.say(f"{stop}; go on with --resume {run}", matters=True)
             raise
         except BaseException as error:
             removed = made and run_folder.remove_unused(run)
             if isinstance(error, KeyboardInterrupt) and not removed:
                 raise KeyboardInterrupt(run_folder.how_to_go_on(run)) from None
             raise
-        world.say(_summary(cfg, results, run, splits.learns_number))
+        if len(results) > 1:
+            world.say(_table(results, splits.learns_number), matters=True)
+        world.say(_summary(cfg, results, run, splits.learns_number), matters=True)
 
 
 def _begin(cfg: TrainConfig) -> Path:
@@ -100,7 +105,8 @@ def evaluate_run(
         model = build_network(cfg, splits).to(device)
         run_folder.load_weights(folder / run_folder.WEIGHTS, model)
         found = Engine(cfg, model, device, world).evaluate(test)
-        world.say(f"test accuracy {100 * found.accuracy:.2f} %  loss {found.loss:.4f}  {folder}")
+        line = f"test accuracy {100 * found.accuracy:.2f} %  loss {found.loss:.4f}  {folder}"
+        world.say(line, matters=True)
 
 
 def train_seeds(
@@ -116,7 +122,7 @@ def train_seeds(
             folder.mkdir(exist_ok=True)
     world.barrier()
     results = []
-    for seed, folder in zip(cfg.seed, folders, strict=True):
+    for place, (seed, folder) in enumerate(zip(cfg.seed, folders, strict=True), 1):
         path = folder / run_folder.RESULT
         if path.exists():
             world.say(f"{folder} is finished")
@@ -127,7 +133,8 @@ def train_seeds(
             continue
         if several:
             world.say(f"seed {seed}")
-        results.append(Run(cfg, seed, folder, splits, device, world).train())
+        later = sum(not (f / run_folder.RESULT).exists() for f in folders[place:])
+        results.append(Run(cfg, seed, folder, splits, device, world, later).train())
         if several:
             world.say(f"{_outcome(results[-1:], splits.learns_number)}  {folder}")
     if several and world.is_writer:
@@ -168,6 +175,26 @@ def _outcome(results: list[dict[str, Any]], learns_number: bool) -> str:
     if learns_number:
         return f"test squared error {mean('test_loss', 5)}"
     return f"test accuracy {mean('test_accuracy', 2, 100)} %"
+
+
+def _table(results: list[dict[str, Any]], learns_number: bool) -> str:
+    """A line a seed, and their means, those of what was measured with deviations."""
+    columns = [
+        ("test loss", "test_loss", 1, 4), ("valid %", "valid_accuracy", 100, 2),
+        ("best epoch", "best_epoch", 1, 0), ("seconds", "seconds", 1, 0),
+    ]  # fmt: skip
+    if not learns_number:
+        columns.insert(0, ("test %", "test_accuracy", 100, 2))
+    rows = [["seed", *(title for title, *_ in columns)]]
+    for result in results:
+        cells = (f"{factor * result[name]:.{digits}f}" for _, name, factor, digits in columns)
+        rows.append([str(result["seed"]), *cells])
+    last = ["mean"]
+    for _, name, factor, digits in columns:
+        values = [factor * result[name] for result in results]
+        spread = f" +- {statistics.stdev(values):.{digits}f}" if digits else ""
+        last.append(f"{statistics.mean(values):.{digits}f}{spread}")
+    return aligned([*rows, last])
 
 
 def _summary(

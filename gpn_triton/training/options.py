@@ -120,6 +120,8 @@ class TrainConfig:
         metavar="E",
         help="Keeps the weights after these epochs, too, for python -m gpn_triton.analyze; 0 is "
         "the network before training.")
+    quiet: bool = option("Run", False, result=False, beside=TAKE_UP,
+        help="Prints warnings and the outcome alone; metrics.jsonl tells the rest.")
     track: tuple[str, ...] = option("Run", (), result=False, choices=("tensorboard", "wandb"),
         help="Logs every epoch to these trackers, too; each is an extra of that name to install.")
 

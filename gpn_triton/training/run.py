@@ -30,6 +30,7 @@ from gpn_triton.training.curves import draw_curves
 from gpn_triton.training.engine import Engine, NonFiniteError
 from gpn_triton.training.objective import Epoch, Means, means
 from gpn_triton.training.options import RESULT_OPTIONS, TrainConfig, difference
+from gpn_triton.training.progress import Pace
 from gpn_triton.training.trackers import Trackers
 
 LOG_SECONDS = 0.5
@@ -73,16 +74,17 @@ class Run:
         cfg: the configuration. seed: of the weights, the order and every random draw.
         folder: an existing folder; where it holds checkpoints, training goes on from the newest.
         splits: the data. device: where to train. world: the processes that train together.
+        later: trainings like this one that follow it, for the time that is left.
     Raises:
         ValueError: the folder's checkpoints are of another run or other data, or cannot be read.
     """
 
     def __init__(
         self, cfg: TrainConfig, seed: int, folder: Path, splits: Splits, device: torch.device,
-        world: World,
+        world: World, later: int = 0,
     ):  # fmt: skip
         self.cfg, self.seed, self.folder, self.splits = cfg, seed, folder, splits
-        self.device, self.world = device, world
+        self.device, self.world, self.later = device, world, later
         torch.manual_seed(seed)
         self.model = build_network(cfg, splits).to(device)
         self.engine = Engine(cfg, self.model, device, world)
@@ -136,7 +138,8 @@ class Run:
             self.world.say(f"layer {k}, {cfg.hidden[k - 1]} {cfg.neuron}: {how}, {layer['reason']}")
         unasked = NEURONS[cfg.neuron].is_gpn and cfg.backend == "auto"
         if unasked and self.device.type == "cuda" and found[0]["backend"] == "torch":
-            self.world.say(f"warning: {self.device} without kernels: {found[0]['reason']}")
+            why = f"warning: {self.device} without kernels: {found[0]['reason']}"
+            self.world.say(why, matters=True)
         return found
 
     def _here(self) -> dict[str, Any]:
@@ -212,6 +215,10 @@ class Run:
         """
         if self.progress["epoch"] == self.progress["step"] == 0:
             self._keep_weights()
+        pieces, samples = len(self.engine.pieces), len(self.training)
+        done = min(self.progress["step"] // pieces * self.cfg.batch_size, samples)
+        epochs = self.cfg.epochs * (1 + self.later) - self.progress["epoch"]
+        self.pace = Pace(epochs * samples - done)
         track = self.cfg.track if self.world.is_writer else ()
         self.model.train()
         with (
@@ -234,7 +241,7 @@ class Run:
         bar = tqdm(
             total=samples, initial=done, unit=" samples",
             desc=f"epoch {epoch + 1}/{self.cfg.epochs}", leave=False,
-            disable=None if self.world.is_writer else True,
+            disable=None if self.world.is_writer and not self.world.quiet else True,
         )  # fmt: skip
         with self._profiled(steps - progress["step"]) as recorded, bar:
             while progress["step"] < steps:
@@ -245,12 +252,14 @@ class Run:
                 progress["step"] += 1
                 if progress["step"] % pieces == 0:
                     bar.update(size)
+                    self.pace.add(size)
                 due = time.perf_counter() - shown > LOG_SECONDS
                 # on a GPU reading a number waits for the device, so it is done rarely
                 if due or self.device.type == "cpu":
                     self._check()
                 if due:
-                    bar.set_postfix_str(_describe(means(engine.totals, self.cfg.hidden)))
+                    told = _describe(means(engine.totals, self.cfg.hidden))
+                    bar.set_postfix_str(f"{told}  {self.pace.left()} left of the run")
                     shown = time.perf_counter()
                 last = progress["step"] == steps
                 asks = self.world.size == 1 or progress["step"] % ASK_STEPS == 0 or last
@@ -329,6 +338,7 @@ class Run:
             f"epoch {epoch + 1:3d}/{self.cfg.epochs}  {_describe(trained)}  "
             f"valid {100 * valid.accuracy:.1f} %{self._error(valid)}  "
             f"{line.samples_per_second:.0f} samples/s{skipped}"
+            + (f"  {self.pace.left()} left" if epoch + 1 < self.cfg.epochs or self.later else "")
         )
         return line
 
