@@ -168,9 +168,10 @@ def test_meta_and_fake_tensors_give_shapes(form):
     expected = layer(**form)(inputs())
     spikes, v = meta(inputs().to("meta"), lengths=torch.tensor(LENGTHS, device="meta"))
     assert spikes.is_meta and (spikes.shape, v.shape) == tuple(t.shape for t in expected)
-    with FakeTensorMode():
-        spikes, v = GPN(C, N, **form)(torch.randn(T, B, C))
-        assert (spikes.shape, v.shape) == tuple(t.shape for t in expected)
+    for dtype in (torch.float32, torch.float64):
+        with FakeTensorMode():
+            spikes, v = GPN(C, N, dtype=dtype, **form)(torch.randn(T, B, C, dtype=dtype))
+            assert (spikes.shape, v.shape) == tuple(t.shape for t in expected)
 
 
 @pytest.mark.parametrize("form", FORMS[::3])
@@ -186,6 +187,9 @@ def test_exported_and_compiled_programs_compute_the_same(form):
     shapes = {"x": {0: batch}, "v0": {v0.ndim - 2: batch}, "v_reset": None, "lengths": {0: batch}}
     given = {"x": x, "v0": v0, "v_reset": None, "lengths": lengths}
     program = torch.export.export(gpn, (), given, dynamic_shapes=shapes)
+    compiled = torch.compile(gpn, backend="eager", fullgraph=True)
+    for got, expected in zip(compiled(x, lengths=lengths), gpn(x, lengths=lengths), strict=True):
+        torch.testing.assert_close(got, expected)
     for rows in (B, 3):
         part = {"x": x[:rows], "v0": v0[..., :rows, :], "v_reset": None, "lengths": lengths[:rows]}
         for got, expected in zip(program.module()(**part), gpn(**part), strict=True):
@@ -199,6 +203,8 @@ def test_a_steps_product_is_the_same_bits_alone_and_in_any_batch():
     torch.testing.assert_close(y, nn.functional.linear(x, weight, bias), rtol=1e-13, atol=1e-13)
     for k in (0, 63, 64, 130):
         assert torch.equal(row_linear(x[k, 1], weight, bias), y[k, 1])
+    some = x[:3].detach(), weight.clone(), bias.clone()
+    torch.library.opcheck(torch.ops.gpn_triton.row_linear, [t.requires_grad_() for t in some])
     parameters = weight.requires_grad_(), bias.requires_grad_()
     got = torch.autograd.grad(row_linear(x, *parameters).sin().sum(), (x, *parameters))
     expected = torch.autograd.grad(

@@ -173,9 +173,10 @@ class EventStore:
                 raise ValueError(f"dataset: expected events with the fields t and x, got {fields}")
             nought = np.zeros(len(events), np.int64)
             row = events["y"].astype(np.int64) if "y" in fields and size[1] > 1 else nought
+            polarity = events["p"].astype(np.int64) if "p" in fields and size[2] > 1 else nought
             # of two polarities some sets have 0 and 1, others -1 and 1
-            polarity = (events["p"] > 0).astype(np.int64) if "p" in fields else nought
-            columns = events["x"].astype(np.int64), row, polarity if size[2] > 1 else nought
+            polarity = polarity > 0 if size[2] == 2 else polarity
+            columns = events["x"].astype(np.int64), row, polarity
             times.append(events["t"] / 1e6)
             units.append(np.stack(columns, 1))
             labels.append(label)
@@ -233,8 +234,8 @@ class EventStore:
                 f"{name}: sensor_size: expected (width, height, polarities) of "
                 f"{self.num_channels} channels, got {self.sensor_size}"
             )
-        check_range(f"{name}: units", self.units, self.num_channels - 1)
-        check_range(f"{name}: times", self.times, MAX_SECONDS, "seconds")
+        check_range(f"{name}: units", self.units, self.num_channels - 1, offsets=self.offsets)
+        check_range(f"{name}: times", self.times, MAX_SECONDS, "seconds", self.offsets)
         unsorted = unsorted_samples(self.times, self.offsets)
         if len(unsorted):
             raise ValueError(f"{name}: times: expected sorted, sample {unsorted[0]} is not")
@@ -325,8 +326,11 @@ def sensor_units(events: Any, sensor_size: Sequence[int]) -> np.ndarray:
     """
     events = np.asarray(events)
     width, height, polarities = map(int, sensor_size)
-    for column, (name, top) in enumerate((("x", width), ("y", height), ("polarity", polarities))):
-        check_range(name, events[:, column], top - 1)
+    for column, (name, size) in enumerate((("x", width), ("y", height), ("polarity", polarities))):
+        values = events[:, column]
+        if len(values) and not (values.min() >= 0 and values.max() < size):
+            got = f"{values.min()}..{values.max()}"
+            raise ValueError(f"{name}: expected 0..{size - 1}, got {got}")
     x, y, polarity = events.astype(np.int64).T
     return (polarity * height + y) * width + x
 

@@ -129,7 +129,8 @@ class TrainConfig:
         help=f"Chooses the data: {', '.join(DATASETS)}, FILE.h5 in SHD's layout, or a folder of "
         "recordings, which the ear encodes once into --cache-dir.")
     train_file: str | None = option("Data", None, newcomer=True, result=False, metavar="FILE.h5",
-        help="Trains on a file of your own, in SHD's layout, instead of --dataset.")
+        help="Trains on a file of your own, in SHD's layout, instead of --dataset; python -m "
+        "gpn_triton.data --help explains the layout, and makes such files.")
     valid_file: str | None = option("Data", None, result=False, metavar="FILE.h5",
         help="Names the validation data that belong to --train-file; without it a part of the "
         "training data is held out.")
