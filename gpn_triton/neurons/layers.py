@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ class GPN(nn.Module):
             ("hidden_size", hidden_size), ("input_size", input_size), ("num_layers", num_layers)
         ):  # fmt: skip
             optional = name == "input_size" and size is None
-            if not optional and (not isinstance(size, int) or size < 1):
+            if not optional and (not isinstance(size, Integral) or size < 1):
                 raise ValueError(f"{name}: expected at least 1, got {size!r}")
         check_time_constants(time_constants)
         if dropout and num_layers == 1:
