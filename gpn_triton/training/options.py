@@ -138,8 +138,8 @@ class TrainConfig:
         metavar="FILE.h5",
         help="Names the test data that belong to --train-file, read once at the end; without it a "
         "part of the training data is held out. An unfinished run may be given another.")
-    channels: int | None = option("Data", None, check=CHANNELS, before=700, metavar="C",
-        shown="what the files say, else as far as their units reach",
+    channels: int | None = option("Data", None, result=False, check=CHANNELS, before=700,
+        metavar="C", shown="what the files say, else as far as their units reach",
         help="Sets how many input channels the files have; a run keeps it for predict and export.")
     data_dir: str = option("Data", "data", result=False, beside=TAKE_UP, metavar="DIR",
         help="Names the folder where the files of shd, ssc and mnist lie.")
