@@ -16,6 +16,7 @@ from gpn_triton.neurons import cost
 from gpn_triton.neurons.lif import cuba_lif
 from gpn_triton.neurons.networks import NEURONS
 from tests import leaky
+from tests.interpreter import need_interpreter
 
 # products of a row [N] with a matrix [N, N] that the specification takes a sample and step, 4 gates
 # each. forward: x and v. backward: x and v once more; g_x and g_v; both weights' gradients
@@ -92,10 +93,12 @@ def test_cuba_lif_takes_the_products_that_are_counted():
 @pytest.fixture
 def moved_and_multiplied(monkeypatch):
     """Bytes that interpreted kernels load and store, and operations of their products."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    need_interpreter()
     if torch.cuda.is_available():
-        pytest.skip("kernels are not interpreted beside a GPU")
-    builder, seen = interpreter.InterpreterBuilder, {"bytes": 0, "flops": 0}
+        pytest.skip("beside a GPU kernels are not interpreted")
+    from triton.runtime.interpreter import InterpreterBuilder as builder
+
+    seen = {"bytes": 0, "flops": 0}
     load, store, dot = (
         getattr(builder, f"create_{name}") for name in ("masked_load", "masked_store", "dot")
     )
