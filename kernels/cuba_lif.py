@@ -18,7 +18,7 @@ Grid, as GPN's. persistent: (row tiles, 1); a program owns BLOCK_B rows and all 
 time loop, and weight stays in shared memory. stepwise: (row tiles, neuron tiles) for one step; a
 program loops over the depth N of its product. The launch of step t backward first takes the product
 of step t + 1's g_x, so that a last one closes the first step. Backward goes by chunks of time, each
-followed by the two products over all its rows.
+followed by its part of the weight's and the bias's gradients.
 
 Layout, all contiguous. x, spikes, h, g_s, g_x [T, B, N] of x's dtype; weight [N, N] in the dtype of
 the operands: for half x float16 forward and bfloat16 backward (range matters for gradients), else
@@ -307,7 +307,7 @@ def cuba_lif_backward(
         )  # fmt: skip
         g_weights = (resize_weights(g, P, N) for g in g_weights)
         return resize(g_x, N), *g_weights, *(resize(g, N) for g in (g_current, g_v, g_last))
-    gradient = tiles.gradient_dtype(h.dtype)
+    h, gradient = h.contiguous(), tiles.gradient_dtype(h.dtype)
     weight_g, g_s = cast(weight, gradient), None if g_spikes is None else g_spikes.contiguous()
     # read and written: those after a chunk become those before it
     states = tuple(

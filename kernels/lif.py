@@ -143,6 +143,7 @@ def lif_backward(
     """Backpropagate through lif_forward; arguments (but for the bits, which it does not need) and
     results as lif_cpu.lif_backward."""
     T, B, N = h.shape
+    h = h.contiguous()
     g_s, g_v_in = (None if g is None else g.contiguous() for g in (g_spikes, g_v_final))
     g_x, g_v = (torch.empty_like(a, memory_format=torch.contiguous_format) for a in (h, v0))
     grid, constants = _constants(B * N, plan.backward)
