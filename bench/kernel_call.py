@@ -58,7 +58,8 @@ class KernelCall(Call):
         from gpn_triton.kernels.gpn_forward import gpn_forward
 
         plan = choose_plan(problem.x.shape, problem.dtype, problem.device, strategy, tile)
-        gates, leaves = GATES["full"], {"x": problem.x, **problem.weights}
+        gates, names = GATES["full"], ("weight_x", "weight_v", "bias")
+        leaves = {"x": problem.x, **{name: problem.weights[name] for name in names}}
         tensors = (*leaves.values(), problem.v_reset)
         cotangent = problem.cotangent if backward else None
         super().__init__(

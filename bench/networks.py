@@ -47,7 +47,7 @@ DISTINCT = 2048
 SECONDS = 1.0
 GAIN = 5.0
 SUBJECTS = (
-    "gpn", "gpn-no-graph", "gpn-every-10", "loop", "loop-graph", "lif", "lstm", "gru",
+    "gpn", "gpn-no-graph", "gpn-every-10", "loop", "loop-graph", "lif", "cuba-lif", "lstm", "gru",
 )  # fmt: skip
 # dtype -> the training command's name of it
 AMP = {str(dtype).removeprefix("torch."): name for name, dtype in options.AMP.items() if name}
@@ -78,7 +78,7 @@ def engine(case: Case, subject: str, device: torch.device) -> Engine:
         raise Unavailable("the same as gpn here")
     if subject == "loop-graph" and device.type == "cpu":
         raise Unavailable("CUDA graphs need a GPU")
-    kind = subject if subject in ("lif", "lstm", "gru") else "gpn"
+    kind = subject if subject in NEURONS else "gpn"
     cfg = TrainConfig(
         hidden=case.hidden, neuron=kind, time_bins=case.T, max_time=SECONDS, batch_size=case.B,
         amp=AMP.get(case.dtype),
@@ -206,8 +206,7 @@ def _check_layer(
     leaves = double_leaves({"x": x, **parameters}, rows)
     no_reset = torch.zeros_like(got[0])
     expected = expect(cfg.neuron, leaves["x"], leaves, got, tolerance, no_reset, module)
-    if expected.requires_grad:
-        expected.backward(cotangent[:, rows].cpu().double())
-        gradients = {name: p.grad for name, p in parameters.items()}
-        gradients |= {"x": record["g_x"]} if "g_x" in record else {}
-        compare_gradients(gradients, leaves, rows, tolerance[1])
+    expected.backward(cotangent[:, rows].cpu().double())
+    gradients = {name: p.grad for name, p in parameters.items()}
+    gradients |= {"x": record["g_x"]} if "g_x" in record else {}
+    compare_gradients(gradients, leaves, rows, tolerance[1])

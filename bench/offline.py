@@ -17,7 +17,14 @@ import triton
 
 from bench.report import markdown
 from gpn_triton.kernels import tiles
-from gpn_triton.kernels.offline import SHARED_BYTES, SM_COUNT, Report, compile_layer
+from gpn_triton.kernels.offline import (
+    SHARED_BYTES,
+    SM_COUNT,
+    Report,
+    compile_cuba_lif,
+    compile_layer,
+    compile_lif,
+)
 from gpn_triton.machine.provenance import provenance
 from gpn_triton.neurons.reference import GATES
 from gpn_triton.neurons.surrogate import SURROGATES
@@ -34,7 +41,8 @@ RESULTS = Path(__file__).parent / "results" / "offline_kernels.md"
 
 @dataclass(frozen=True)
 class Layer:
-    """What decides which kernels a layer launches: arguments of offline.compile_layer."""
+    """What decides which kernels a layer launches: arguments of offline.compile_layer, or those of
+    them that compile_lif or compile_cuba_lif take."""
 
     N: int
     dtype: str = "float16"
@@ -46,20 +54,31 @@ class Layer:
     mean: bool = False
     surrogate: str = "atan"
     lengths: bool = False
+    neuron: str = "gpn"
 
     def compile(self) -> tuple[tiles.Plan, list[Report]]:
         """The plan and a report for each kernel."""
         options = asdict(self)
         options["dtype"] = getattr(torch, options["dtype"])
         options["gates"] = GATES[options.pop("variant")]
-        return compile_layer(**options)
+        neuron = options.pop("neuron")
+        if neuron == "gpn":
+            return compile_layer(**options)
+        names = ["N", "dtype", "capability", "surrogate"]
+        if neuron == "lif":
+            return compile_lif(*(options[name] for name in names))
+        return compile_cuba_lif(*(options[name] for name in (*names, "B", "precision")))
 
     def plan(self) -> tiles.Plan:
         """What tiles.choose answers, without what does not change the compiled code."""
-        plan = tiles.choose(
-            100, self.B, self.N, getattr(torch, self.dtype), GATES[self.variant], self.every,
-            self.precision, SM_COUNT[self.capability], SHARED_BYTES[self.capability],
-        )  # fmt: skip
+        sizes = 100, self.B, self.N, getattr(torch, self.dtype)
+        limits = self.precision, SM_COUNT[self.capability], SHARED_BYTES[self.capability]
+        if self.neuron == "lif":
+            plan = tiles.choose_lif(100)
+        elif self.neuron == "cuba-lif":
+            plan = tiles.choose_cuba_lif(*sizes, *limits)
+        else:
+            plan = tiles.choose(*sizes, GATES[self.variant], self.every, *limits)
         return replace(plan, forward_steps=0, backward_steps=0, reason="")
 
 
@@ -68,7 +87,8 @@ def all_layers() -> list[Layer]:
 
     First the full neuron at a batch of 256: every size, dtype and capability. Then every other
     tile, variant, option and surrogate, each at sizes of both strategies; bfloat16 has the tiles
-    and, but for the type of x, the code of float16.
+    and, but for the type of x, the code of float16. LIF aligned and not, and CuBa-LIF at every
+    size, come last.
     """
     each = itertools.product
     layers = [Layer(N, *kind, sm) for sm, kind, N in each(CAPABILITIES, NUMBERS, SIZES)]
@@ -84,13 +104,19 @@ def all_layers() -> list[Layer]:
                 layers.append(layer)
         layers += [replace(Layer(N, *kind, sm), **o) for N, o in each((64, 128, 256), options)]
         layers += [Layer(128, *kind, sm, surrogate=s) for s in SURROGATES if s != "atan"]
+    for sm, kind in each(CAPABILITIES, NUMBERS):
+        if kind[1] == "ieee":
+            layers += [Layer(N, *kind, sm, neuron="lif") for N in (128, 37)]
+        layers += [Layer(N, *kind, sm, neuron="cuba-lif") for N in SIZES]
     return layers
 
 
 def multiplies(report: Report) -> bool:
     """Whether the kernel holds a matrix product."""
     constants = report.constants
-    return "PRECISION" in constants and constants["GATES"] and constants.get("PRODUCT", True)
+    # CuBa-LIF's kernels have no constant GATES
+    multiplying = constants.get("GATES", True) and constants.get("PRODUCT", True)
+    return "PRECISION" in constants and multiplying
 
 
 def faults(report: Report, capability: int) -> list[str]:
@@ -107,10 +133,11 @@ def faults(report: Report, capability: int) -> list[str]:
     if report.registers * 32 * report.num_warps > REGISTERS:
         found.append(f"registers: {report.registers} x {32 * report.num_warps} threads")
     constants = report.constants
-    tensor_cores = constants.get("FAST") or constants.get("PRECISION") == "tf32"
+    half = constants.get("FAST") or str(constants.get("OPERAND")) in ("fp16", "bf16")
+    tensor_cores = half or constants.get("PRECISION") == "tf32"
     if multiplies(report) and tensor_cores and not report.mma:
         found.append("no tensor-core instruction")
-    if "persistent" in report.kernel or multiplies(report):
+    if "persistent" in report.kernel or report.kernel.startswith("lif") or multiplies(report):
         if not report.async_copies:
             found.append("no asynchronous copy")
         if report.loop_loads:
@@ -127,7 +154,7 @@ def row(layer: Layer, reports: list[Report]) -> dict[str, object]:
         return max(getattr(report, field) for report in reports)
 
     return {
-        "variant": layer.variant,
+        "neuron": layer.variant if layer.neuron == "gpn" else layer.neuron,
         "N": layer.N,
         "B": layer.B,
         "products": layer.precision if layer.dtype == "float32" else layer.dtype,
@@ -207,6 +234,7 @@ def main() -> None:
     choices = {
         "dtype": ["float16", "bfloat16", "float32"],
         "capability": [90, 80],
+        "neuron": ["gpn", "lif", "cuba-lif"],
         "variant": list(GATES),
         "precision": ["ieee", "tf32"],
         "surrogate": list(SURROGATES),

@@ -31,7 +31,7 @@ from bench.kernel_call import STRATEGIES, KernelCall
 from bench.measure import Call, GraphedCall, PieceCall
 from gpn_triton import gpn
 from gpn_triton.neurons import cost, reference
-from gpn_triton.neurons.lif import lif
+from gpn_triton.neurons.lif import cuba_lif, lif
 from gpn_triton.neurons.networks import NEURONS
 
 ROWS = 8
@@ -48,7 +48,9 @@ TOLERANCE = {
 DTYPES = {str(d).removeprefix("torch."): d for d in TOLERANCE}
 
 GATE_WEIGHTS = ("weight_x", "weight_v", "bias")
-SPIKING = ("gpn", "lif")
+# the weights of a kind of neuron
+WEIGHTS = {"gpn": GATE_WEIGHTS, "lif": (), "cuba-lif": ("recurrent.weight", "recurrent.bias")}
+SPIKING = tuple(WEIGHTS)
 OURS = (
     "gpn-cpu", "gpn-cpu-every-10", "gpn-triton", "gpn-triton-every-10",
     "gpn-triton-graph", "gpn-persistent", "gpn-stepwise",
@@ -56,7 +58,7 @@ OURS = (
 LOOPS = ("loop", "authors", "hoisted", "hoisted-compiled-step", "authors-graph", "hoisted-graph")
 OTHERS = (
     "lstm", "lstm-graph", "lstm-float32", "lstm-float16", "lstm-bfloat16", "gru", "flashrnn-lstm",
-    "lif", "spikingjelly-lif",
+    "lif", "lif-graph", "cuba-lif", "cuba-lif-graph", "spikingjelly-lif",
 )  # fmt: skip
 SUBJECTS = OURS + LOOPS + OTHERS
 
@@ -84,7 +86,8 @@ class Problem:
 
     Attributes:
         x [T, B, C]: spikes of a layer before (5 % are 1) where there is an input Linear, else a
-            normal current. weights: of that Linear ("linear_weight", "linear_bias") and of GPN.
+            normal current. weights: of that Linear ("linear_weight", "linear_bias") and of each
+            kind of neuron, by the names in WEIGHTS.
         v_reset [B, N]. cotangent [T, B, N]: gradient of the result. rows: samples that are checked.
     """
 
@@ -115,14 +118,17 @@ class Problem:
         self.v_reset = 0.05 * torch.randn(B, N, generator=g, device=device)
         self.cotangent = torch.randn(T, B, N, generator=g, device=device).to(self.dtype)
         self.rows = torch.linspace(0, B - 1, min(B, ROWS), device=device).round().long()
+        self.weights["recurrent.weight"] = uniform(N, N, scale=N**-0.5)
+        self.weights["recurrent.bias"] = uniform(N, scale=N**-0.5)
 
-    def leaves(self, names: list[str] | None = None) -> dict[str, Tensor]:
-        """x and weights sharing memory with the problem, with gradients of their own.
+    def leaves(self, kind: str) -> dict[str, Tensor]:
+        """x and a kind's weights sharing memory with the problem, with gradients of their own.
 
         x needs no gradient where it is a network's input.
         """
         leaves = {"x": self.x.detach().requires_grad_(not self.projects)}
-        for name in self.weights if names is None else names:
+        linear = ("linear_weight", "linear_bias") if self.projects else ()
+        for name in (*WEIGHTS[kind], *linear):
             leaves[name] = self.weights[name].detach().requires_grad_()
         return leaves
 
@@ -184,16 +190,15 @@ def _spiking(problem: Problem, subject: str, backward: bool) -> tuple[str, Call,
         if problem.projects:
             raise Unavailable("the kernels alone are timed without an input Linear")
         return "gpn", KernelCall(problem, how, backward), None
-    kind = "lif" if subject.endswith("lif") else "gpn"
-    leaves = problem.leaves([n for n in problem.weights if kind == "gpn" or "linear" in n])
+    kind = {"lif": "lif", "spikingjelly-lif": "lif", "cuba-lif": "cuba-lif"}.get(subject, "gpn")
+    leaves = problem.leaves(kind)
 
     def layer(run: Callable[..., Tensor]) -> tuple[str, Call, None]:
-        """Of a function of the current and, of a GPN, its gates' weights."""
+        """Of a function of the current and of the weights of the kind."""
         half = None if problem.dtype == torch.float32 else problem.dtype
-        names = GATE_WEIGHTS if kind == "gpn" else ()
 
         def forward() -> Tensor:
-            return run(problem.current(leaves), *(leaves[name] for name in names))
+            return run(problem.current(leaves), *(leaves[name] for name in WEIGHTS[kind]))
 
         forward = functools.partial(run, leaves) if subject == "authors" else forward
         return kind, Call(forward, leaves, problem.cotangent if backward else None, half), None
@@ -217,6 +222,8 @@ def _spiking(problem: Problem, subject: str, backward: bool) -> tuple[str, Call,
         return layer(lambda *inputs: gpn(*inputs, v_reset, **options)[0])
     if subject == "lif":
         return layer(lambda x: lif(x)[0])
+    if subject == "cuba-lif":
+        return layer(lambda *inputs: cuba_lif(*inputs)[0])
     if subject == "spikingjelly-lif":
         node = spikingjelly_lif(device)
         return layer(lambda x: (node.reset(), node(x))[1])
@@ -276,7 +283,7 @@ def _check(problem: Problem, call: Call | GraphedCall, kind: str, module) -> dic
     current = problem.current(leaves) if kind in SPIKING else leaves["x"]
     piece = inner.steps if isinstance(inner, PieceCall) else None
     expected = expect(kind, current, leaves, got, tolerance, v_reset, module, piece)
-    if gradients and expected.requires_grad:
+    if gradients:
         expected.backward(problem.cotangent[:, rows].cpu().double())
         compare_gradients(gradients, leaves, rows, tolerance[1])
     steps = problem.case.T * problem.case.B
@@ -291,12 +298,12 @@ def expect(
     """What a layer should put out, after comparing it with what it did; all in float64.
 
     Args:
-        kind: gpn, lif, lstm or gru. current [T, R, N]: of a spiking layer, made from the leaves.
-        leaves: x [T, R, C] and weights. got [T, R, N]: the layer's output.
+        kind: gpn, lif, cuba-lif, lstm or gru. current [T, R, N]: of a spiking layer, made from the
+            leaves. leaves: x [T, R, C] and weights. got [T, R, N]: the layer's output.
         tolerance: of TOLERANCE. v_reset [R, N]. module: of an LSTM or GRU, whose float64 twin
             specifies it. piece: steps of a GPN that no gradient leaves; None: all.
     Returns:
-        [T, R, N], differentiable unless a flipped spike makes gradients incomparable.
+        [T, R, N], differentiable.
     Raises:
         Wrong: the layer's output departs.
     """
@@ -316,27 +323,36 @@ def expect(
             smooth.append(part)
         smooth = torch.cat(smooth)
         # the inverse of surrogate.SURROGATES["atan"].value at alpha = 2
-        u = torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi
-        differs = ((u >= 0).double() != got) & (u.abs() > margin)
-        if differs.any():
-            t, b, n = differs.nonzero()[0].tolist()
-            raise Wrong(
-                f"{int(differs.sum())} of {got.numel()} checked spikes differ, the first at step "
-                f"{t}, checked sample {b}, neuron {n}, where h - theta is {u[t, b, n]:.2g}"
-            )
+        compare_spikes(torch.tan(math.pi * (smooth.detach() - 0.5)) / math.pi, got, margin)
         return smooth
-    if kind == "lif":
-        expected, _ = reference.lif_loop(current, torch.zeros_like(current[0]), 2.0)
-        differ = (expected != got).double().mean().item()
-        # a trajectory parts for good where rounding flips a spike
-        if differ > (1e-4 if share <= 1e-3 else 0.02):
-            raise Wrong(f"{differ:.2%} of the spikes differ from the float64 LIF")
-        return expected.detach() if differ else expected
+    if kind in SPIKING:
+        # likewise, a step at a time
+        zero, steps = torch.zeros_like(current[0]), []
+        for x, s in zip(current, got, strict=True):
+            state = steps[-1].state if steps else (zero if kind == "lif" else (zero,) * 3)
+            if kind == "lif":
+                steps.append(reference.lif_step(x, state, 2.0, fired=s))
+            else:
+                weights = (leaves[name] for name in WEIGHTS[kind])
+                steps.append(reference.cuba_lif_step(x, *weights, state, fired=s))
+        compare_spikes(torch.stack([step.h.detach() - 1 for step in steps]), got, margin)
+        return torch.stack([step.s for step in steps])
     twin = copy.deepcopy(module).cpu().double()
     weights = {name: leaf for name, leaf in leaves.items() if name != "x"}
     expected = torch.func.functional_call(twin, weights, (leaves["x"],))[0]
     compare("the result", got, expected, share)
     return expected
+
+
+def compare_spikes(u: Tensor, got: Tensor, margin: float) -> None:
+    """Raise Wrong if a spike differs from Heaviside(u) where |u| exceeds the margin."""
+    differs = ((u >= 0).double() != got) & (u.abs() > margin)
+    if differs.any():
+        t, b, n = differs.nonzero()[0].tolist()
+        raise Wrong(
+            f"{int(differs.sum())} of {got.numel()} checked spikes differ, the first at step "
+            f"{t}, checked sample {b}, neuron {n}, where h - theta is {u[t, b, n]:.2g}"
+        )
 
 
 def double_leaves(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

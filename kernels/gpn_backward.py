@@ -43,10 +43,12 @@ from gpn_triton.kernels.operands import (
     TL_DTYPES,
     add_product,
     cast_together,
+    float32_product,
     layer_constants,
     load_gate,
     load_spikes,
     load_weight_as_stored,
+    own_tile,
     project,
     resize,
     resize_weights,
@@ -59,7 +61,6 @@ from gpn_triton.kernels.tiles import (
     Plan,
     elementwise_blocks,
     gradient_dtype,
-    is_half,
     own_steps,
     padded,
 )
@@ -77,12 +78,8 @@ def recurrence_gradient_kernel(
 
     COPY: v is written to v_copy, which has g_z's dtype.
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCK_R
-    rows = tl.arange(0, BLOCK_R)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     rows_per_step = B.to(tl.int64)
-    mask = (first + rows < steps * rows_per_step) & (n < N)
-    offs = rows * N + n  # [BLOCK_R, BLOCK_N]
+    first, rows, n, mask, offs = own_tile(steps * rows_per_step, N, BLOCK_R, BLOCK_N)
     offs_z = rows * DEPTH + n
     whole = (start * rows_per_step + first) * N
 
@@ -167,11 +164,7 @@ def gpn_backward_persistent_kernel(
     """Steps start + steps - 1 down to start; g_v [B, N] float32 is made of g_v_in, zeros unless
     given.
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCK_B
-    rows = tl.arange(0, BLOCK_B)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (first + rows < B) & (n < N)
-    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
+    first, rows, n, mask, offs = own_tile(B, N, BLOCK_B, BLOCK_N)
     offs_z = rows * DEPTH + n
     k = tl.arange(0, BLOCK_N)[:, None]
     w_mask = (k < N) & (n < N)
@@ -225,12 +218,8 @@ def gpn_backward_stepwise_kernel(
     g_v [B, N] float32, made of g_v_in (zeros unless given), is g_v[t] between chunks, and g_v[t]
     without the product while open.
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCK_B
-    rows = tl.arange(0, BLOCK_B)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    first, rows, n, mask, offs = own_tile(B, N, BLOCK_B, BLOCK_N)
     row_mask = first + rows < B
-    mask = row_mask & (n < N)
-    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
     offs_z = rows * DEPTH + n
     rows_per_step = B.to(tl.int64)
 
@@ -264,13 +253,6 @@ def gpn_backward_stepwise_kernel(
             N, GATES, DEPTH, FAST,
         )  # fmt: skip
     tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
-
-
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b as float32, also for half operands, whose products cuBLAS would round to their dtype."""
-    if a.is_cuda and is_half(a.dtype):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def gpn_backward(
@@ -376,8 +358,8 @@ def gpn_backward(
         if G:
             x_rows, v_rows = (a.view(steps * B, N) for a in (x_g, v_g))
             chunk = (
-                _float32_product(g_z_rows.t(), x_rows),
-                _float32_product(g_z_rows.t(), v_rows),
+                float32_product(g_z_rows.t(), x_rows),
+                float32_product(g_z_rows.t(), v_rows),
                 g_z_rows.sum(0, dtype=torch.float32),
             )
             if g_weights is not None:

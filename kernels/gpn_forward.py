@@ -33,14 +33,16 @@ from torch import Tensor
 from gpn_triton.kernels import tiles
 from gpn_triton.kernels.operands import (
     TL_DTYPES,
-    WORD,
     add_product,
+    add_spikes,
     cast,
     cast_together,
     layer_constants,
     load_gate,
     load_spikes,
     load_weight_transposed,
+    own_tile,
+    pack_spikes,
     project,
     resize,
     resize_weights,
@@ -64,11 +66,7 @@ def gpn_forward_persistent_kernel(
 
     In a replay v_saved_ptr is v [stop - start, B, N].
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCK_B
-    rows = tl.arange(0, BLOCK_B)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (first + rows < B) & (n < N)
-    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
+    first, rows, n, mask, offs = own_tile(B, N, BLOCK_B, BLOCK_N)
     offs_z = rows * DEPTH + n
 
     k = tl.arange(0, BLOCK_N)[:, None]
@@ -135,10 +133,7 @@ def gpn_forward_persistent_kernel(
                 due = ((t + 1) % every == 0) & (t + 1 < T)
                 v_row = ((t + 1) // every) * rows_per_step + first
                 tl.store(v_saved_ptr + v_row * N + offs, to_operand(v, OPERAND), mask=mask & due)
-                word = tl.where(t % WORD == 0, 0, word) | (s.to(tl.int32) << (t % WORD))
-                due = (t % WORD == WORD - 1) | (t + 1 == T)
-                word_row = (t // WORD) * rows_per_step + first
-                tl.store(bits_ptr + word_row * N + offs, word, mask=mask & due)
+                word = pack_spikes(bits_ptr, word, s, t, T, rows_per_step, first, offs, mask, N)
             if MEAN:
                 count += s.to(tl.float32)
             else:
@@ -201,12 +196,8 @@ def gpn_forward_stepwise_kernel(
     in_row += segment * every
     out_row += segment * every
     rows_per_step = B.to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_B
-    rows = tl.arange(0, BLOCK_B)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    first, rows, n, mask, offs = own_tile(B, N, BLOCK_B, BLOCK_N)
     row_mask = first + rows < B
-    mask = row_mask & (n < N)
-    offs = rows * N + n  # [BLOCK_B, BLOCK_N]
     x_t = x_ptr + (t * rows_per_step + first) * N
 
     if HOIST:
@@ -262,9 +253,7 @@ def gpn_forward_stepwise_kernel(
             s_t = spikes_ptr + (t * rows_per_step + first) * N
             tl.store(s_t + offs, s.to(spikes_ptr.dtype.element_ty), mask=mask)
         if SAVE:
-            bits_t = bits_ptr + ((t // WORD) * rows_per_step + first) * N
-            word = tl.load(bits_t + offs, mask=mask & (t % WORD != 0), other=0)
-            tl.store(bits_t + offs, word | (s.to(tl.int32) << (t % WORD)), mask=mask)
+            add_spikes(bits_ptr, s, t, rows_per_step, first, offs, mask, N)
 
 
 def gpn_forward(

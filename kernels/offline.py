@@ -23,8 +23,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from gpn_triton.kernels import tiles
+from gpn_triton.kernels.cuba_lif import cuba_lif_backward, cuba_lif_forward
 from gpn_triton.kernels.gpn_backward import gpn_backward
 from gpn_triton.kernels.gpn_forward import gpn_forward
+from gpn_triton.kernels.lif import lif_backward, lif_forward
 from gpn_triton.kernels.spikes import spikes_unpack
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -184,4 +186,36 @@ def compile_layer(
         if not mean:
             for mask in (None, state):
                 spikes_unpack(bits, mask, 0, steps, dtype)
+    return plan, [read(*entry) for entry in found]
+
+
+def compile_lif(
+    N: int, dtype: torch.dtype, capability: int, surrogate: str = "atan", learns: bool = True
+) -> tuple[tiles.Plan, list[Report]]:
+    """Compile the kernels of a layer of LIF, or of PLIF (learns), as compile_layer."""
+    plan, x = tiles.choose_lif(3), torch.zeros(3, 2, N, dtype=dtype)
+    state, tau = torch.zeros(2, N), torch.ones(())
+    with compiling(capability) as found:
+        spikes, v, h, _ = lif_forward(x, state, tau, True, plan)
+        lif_backward(spikes, v, h, state, tau, learns, surrogate, 2.0, plan)
+    return plan, [read(*entry) for entry in found]
+
+
+def compile_cuba_lif(
+    N: int,
+    dtype: torch.dtype,
+    capability: int,
+    surrogate: str = "atan",
+    B: int = 256,
+    precision: str = "ieee",
+) -> tuple[tiles.Plan, list[Report]]:
+    """Compile the kernels of a layer of CuBa-LIF, as compile_layer."""
+    plan = tiles.choose_cuba_lif(
+        3, B, N, dtype, precision, SM_COUNT[capability], SHARED_BYTES[capability]
+    )
+    x, state = torch.zeros(3, 2, N, dtype=dtype), torch.zeros(2, N)
+    weights, decays = (torch.zeros(N, N), torch.zeros(N)), (0.5, 0.5)
+    with compiling(capability) as found:
+        spikes, *ends, h, bits = cuba_lif_forward(x, *weights, *[state] * 3, *decays, True, plan)
+        cuba_lif_backward(spikes, *ends, h, bits, weights[0], state, *decays, surrogate, 2.0, plan)
     return plan, [read(*entry) for entry in found]

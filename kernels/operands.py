@@ -1,5 +1,5 @@
-"""What the recurrence kernels share beside the mathematics: where a gate lies in memory, products,
-packed spikes; and, on the host, the operands that a launch reads.
+"""What the recurrence kernels share beside the mathematics: a program's tile, where a gate lies in
+memory, products, packed spikes; and, on the host, the operands that a launch reads.
 
 A tensor of gates holds their blocks one after the other. GATES names those that a variant has, as
 in pointwise.py; a gate that it lacks is neither read nor written nor multiplied.
@@ -21,6 +21,21 @@ INTERPRETED = triton.knobs.runtime.interpret
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # the interpreter counts steps in Python's whole numbers, which do not take a constexpr
 WORD = tiles.WORD if INTERPRETED else tl.constexpr(tiles.WORD)
+
+
+@triton.jit
+def own_tile(B, N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a program of the grid (row tiles, neuron tiles) owns.
+
+    Returns:
+        first: its first row of the batch, int64. rows [BLOCK_B, 1]: counted from there.
+        n [1, BLOCK_N]: its neurons. mask, offs [BLOCK_B, BLOCK_N]: which of them exist, and where
+        they lie in [B, N] from row `first` on.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    return first, rows, n, (first + rows < B) & (n < N), rows * N + n
 
 
 @triton.jit
@@ -94,6 +109,41 @@ def load_spikes(bits_ptr, t, B, first, offs, mask, N: tl.constexpr):
     return ((word >> (t % WORD)) & 1).to(tl.float32)
 
 
+@triton.jit
+def pack_spikes(bits_ptr, word, s, t, T, B, first, offs, mask, N: tl.constexpr):
+    """Add the spikes (bool) of step t to their word, and store it in bits if they are its last.
+
+    B, first, offs: as load_spikes.
+    """
+    word = tl.where(t % WORD == 0, 0, word) | (s.to(tl.int32) << (t % WORD))
+    due = (t % WORD == WORD - 1) | (t + 1 == T)
+    tl.store(bits_ptr + ((t // WORD) * B + first) * N + offs, word, mask=mask & due)
+    return word
+
+
+@triton.jit
+def add_spikes(bits_ptr, s, t, B, first, offs, mask, N: tl.constexpr):
+    """Add the spikes (bool) of step t to their word in bits, of a program that has one step."""
+    at = bits_ptr + ((t // WORD) * B + first) * N
+    word = tl.load(at + offs, mask=mask & (t % WORD != 0), other=0)
+    tl.store(at + offs, word | (s.to(tl.int32) << (t % WORD)), mask=mask)
+
+
+@triton.jit
+def store_fired(spikes_ptr, h_ptr, offs, s, h, mask, SAVE: tl.constexpr):
+    """Store the spikes (bool) of a threshold of 1 and, with SAVE, h on its own side of it.
+
+    Rounded to a half type h could cross the threshold; so backward finds s in it.
+    """
+    tl.store(spikes_ptr + offs, s.to(spikes_ptr.dtype.element_ty), mask=mask)
+    if SAVE:
+        DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+        # the largest number below 1
+        digits: tl.constexpr = 11 if DTYPE == tl.float16 else 8 if DTYPE == tl.bfloat16 else 24
+        below = tl.minimum(h, 1.0 - 0.5**digits, tl.PropagateNan.ALL)
+        tl.store(h_ptr + offs, to_operand(tl.where(s, h, below), DTYPE), mask=mask)
+
+
 @triton.jit(do_not_specialize=["size_a", "size_b", "size_c", "size_d", "second_size"])
 def operands_cast_kernel(
     a_ptr, b_ptr, c_ptr, d_ptr, out_ptr, second_ptr, size_a, size_b, size_c, size_d, second_size,
@@ -158,6 +208,13 @@ def cast_together(tensors: tuple, *dtypes: torch.dtype) -> list[tuple]:
 def cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """a, contiguous and in the dtype of a product's operand, saturated instead of infinite."""
     return cast_together((a,), dtype)[0][0]
+
+
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b as float32, also for half operands, whose products cuBLAS would round to their dtype."""
+    if a.is_cuda and tiles.is_half(a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def resize(a: Tensor | None, N: int) -> Tensor | None:

@@ -1,15 +1,17 @@
-"""The neuron's elementwise mathematics on a tile: gates, membrane, surrogate, and their gradients.
+"""The neurons' elementwise mathematics on a tile: gates, membrane, surrogate, and their gradients.
 
 Every formula of the kernels is written here, once; its twins are in gpn_triton/neurons:
 reference.py and surrogate.py. Tiles are float32 of any one shape. Two compile-time choices run
-through everything:
+through everything of GPN:
 
     GATES   the gates that have weights, "f i b theta" or some of them in this order. A gate that is
             absent is its constant: f = 1/2, i = 1 - f, b = 0, theta = 1.
     FAST    sigmoid and tanh by the hardware's tanh.approx (relative error 2^-11, the precision of
             the half types); otherwise by exp and a division.
 
-Source: arXiv 2412.01087, equations of the gated parametric neuron.
+The neurons without gates (leak of LIF, charge of CuBa-LIF) have the threshold 1 and reset to 0.
+
+Source: arXiv 2412.01087, equations of the gated parametric neuron; Fang et al., ICCV 2021 for LIF.
 """
 
 import triton
@@ -150,3 +152,54 @@ def next_v_gradient(
     g_z_i = g_h * x * sigmoid_derivative(i)
     g_z_b = g_v * tanh_derivative(bypass(z_b, GATES, FAST))
     return g_h * f, g_h * i, g_z_f, g_z_i, g_z_b
+
+
+@triton.jit
+def fire(h):
+    """Spikes (bool) and v[t+1] of a neuron without gates."""
+    s = h >= 1.0
+    return s, tl.where(s, 0.0, h)
+
+
+@triton.jit
+def fire_gradient(g_v, g_s, h, alpha, SURROGATE: tl.constexpr):
+    """g_h of a neuron without gates; g_v is g_v[t+1]."""
+    alpha = tl.cast(alpha, tl.float32)
+    return tl.where(h >= 1.0, 0.0, g_v) + g_s * surrogate_derivative(h - 1.0, alpha, SURROGATE)
+
+
+@triton.jit
+def leak(v, x, rate):
+    """h of LIF; rate is 1 / tau."""
+    return v + (x - v) * rate
+
+
+@triton.jit
+def leak_gradient(g_v, g_s, h, rate, alpha, SURROGATE: tl.constexpr):
+    """g_v[t] and g_x[t] of LIF; g_v is g_v[t+1]."""
+    g_h = fire_gradient(g_v, g_s, h, alpha, SURROGATE)
+    g_x = g_h * rate
+    return g_h - g_x, g_x
+
+
+@triton.jit
+def charge(current, v, x, recurrent, current_decay, membrane_decay):
+    """The current after a step of CuBa-LIF, and h."""
+    membrane_decay = tl.cast(membrane_decay, tl.float32)
+    current = tl.cast(current_decay, tl.float32) * current + x + recurrent
+    return current, membrane_decay * v + (1.0 - membrane_decay) * current
+
+
+@triton.jit
+def charge_gradient(
+    g_current, g_v, g_s, h, current_decay, membrane_decay, alpha, SURROGATE: tl.constexpr
+):  # fmt: skip
+    """One step of CuBa-LIF backward: g_current and g_v are those after the step.
+
+    Returns:
+        those before it, and g_x[t].
+    """
+    membrane_decay = tl.cast(membrane_decay, tl.float32)
+    g_h = fire_gradient(g_v, g_s, h, alpha, SURROGATE)
+    g_x = (1.0 - membrane_decay) * g_h + g_current
+    return tl.cast(current_decay, tl.float32) * g_x, membrane_decay * g_h, g_x

@@ -109,7 +109,7 @@ def padded(N: int, dtype: torch.dtype) -> int:
 
 
 def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) -> dict:
-    """Shared memory of the persistent kernels as {kernel: (fixed, per stage after the first)}.
+    """Shared memory of GPN's persistent kernels as {kernel: (fixed, per stage after the first)}.
 
     Fixed are the weights, the operands of the products and a tile to reorder what is stored, in
     half types two of them forward, and the rows' lengths; a stage holds every tile that a step
@@ -131,6 +131,16 @@ def persistent_shared_bytes(N: int, gates: tuple[str, ...], dtype: torch.dtype) 
             size * (serial * weight + (serial + 1) * tile) + lengths,
             size * (serial + 4) * tile + 4 * tile,
         ),
+    }
+
+
+def cuba_lif_shared_bytes(N: int, dtype: torch.dtype) -> dict:
+    """As persistent_shared_bytes, of CuBa-LIF's: one block of weights, no lengths."""
+    size, weight, tile = operand_dtype(dtype).itemsize, block(N) ** 2, PERSISTENT_B * block(N)
+    # forward reads x, backward h and the spikes' gradient
+    return {
+        "forward": (size * (weight + (1 + is_half(dtype)) * tile), size * tile),
+        "backward": (size * (weight + 2 * tile), size * 2 * tile),
     }
 
 
@@ -176,12 +186,19 @@ def choose(
     Raises:
         ValueError: the layer cannot run by the strategy that was asked for.
     """
-    half, size = is_half(dtype), operand_dtype(dtype).itemsize
+    size, asked = operand_dtype(dtype).itemsize, strategy
     row_bytes = max(1, len(gates)) * B * N * size
-    asked = strategy
-    strategy, tiles, reason = _tiles(
-        B, N, dtype, gates, precision, sm_count, shared_bytes, asked == "stepwise"
-    )
+    if gates:
+        shared = persistent_shared_bytes(N, gates, dtype)
+        most = PERSISTENT_N if is_half(dtype) else PERSISTENT_N_FLOAT32
+        strategy, tiles, reason = _tiles(
+            B, N, dtype, shared, most, 3, precision, sm_count, shared_bytes, asked == "stepwise"
+        )
+    else:
+        # unmeasured
+        tile = Tile(PERSISTENT_B, min(block(N), 128), 0, 4, 3)
+        strategy, tiles = "persistent", (tile, tile)
+        reason = "no gates: every neuron runs by itself, for any N"
     if asked not in (None, strategy):
         raise ValueError(f"strategy: expected {strategy} ({reason}), got {asked!r}")
     # without the buffer every step takes a second product: only where not even two steps of it are
@@ -194,24 +211,62 @@ def choose(
         forward_steps=_steps(T, row_bytes, WORD) if hoist else T,
         # 8 steps keep a slice of v_saved aligned to 16 bytes for any N
         backward_steps=_steps(T, row_bytes, every if every > 1 else 8),
-        precision="ieee" if half else precision,
+        precision="ieee" if is_half(dtype) else precision,
+        reason=reason,
+    )
+
+
+def choose_lif(T: int) -> Plan:
+    """How a layer of LIF runs, whatever its sizes: its neurons lie in one row, of all samples."""
+    # a warp each, of 4 neurons a thread: fewer would leave a step more instructions a neuron, more
+    # would leave a small batch fewer warps. A step is 120 to 190 instructions (sm_90), less than
+    # memory takes to answer, so that loads start seven steps ahead. unmeasured
+    tile = Tile(1, 128, 0, 1, 8)
+    reason = "no weights: every neuron runs by itself, for any N"
+    return Plan("persistent", False, tile, tile, T, T, "ieee", reason)
+
+
+def choose_cuba_lif(
+    T: int,
+    B: int,
+    N: int,
+    dtype: torch.dtype,
+    precision: str = "ieee",
+    sm_count: int = DEFAULT_SMS,
+    shared_bytes: int = DEFAULT_SHARED_BYTES,
+    strategy: str | None = None,
+) -> Plan:
+    """Choose how a layer of CuBa-LIF runs; arguments, result and error as choose.
+
+    There is nothing to hoist: x enters as it is. Forward is one chunk.
+    """
+    shared = cuba_lif_shared_bytes(N, dtype)
+    chosen, tiles, reason = _tiles(
+        B, N, dtype, shared, N, 1, precision, sm_count, shared_bytes, strategy == "stepwise"
+    )
+    if strategy not in (None, chosen):
+        raise ValueError(f"strategy: expected {chosen} ({reason}), got {strategy!r}")
+    return Plan(
+        chosen,
+        False,
+        *tiles,
+        forward_steps=T,
+        backward_steps=_steps(T, B * N * operand_dtype(dtype).itemsize, 8),
+        precision="ieee" if is_half(dtype) else precision,
         reason=reason,
     )
 
 
 def _tiles(
-    B: int, N: int, dtype: torch.dtype, gates: tuple, precision: str, sm_count: int, limit: int,
-    stepwise: bool,
+    B: int, N: int, dtype: torch.dtype, shared: dict, most_N: int, products: int, precision: str,
+    sm_count: int, limit: int, stepwise: bool,
 ) -> tuple[str, tuple[Tile, Tile], str]:  # fmt: skip
-    """strategy, (forward tile, backward tile), reason."""
-    if not gates:
-        # unmeasured
-        tile = Tile(PERSISTENT_B, min(block(N), 128), 0, 4, 3)
-        return "persistent", (tile, tile), "no gates: every neuron runs by itself, for any N"
+    """strategy, (forward tile, backward tile), reason.
 
-    shared = persistent_shared_bytes(N, gates, dtype)
-    fits = all(fixed + stage <= limit for fixed, stage in shared.values())
-    fits &= N <= (PERSISTENT_N if is_half(dtype) else PERSISTENT_N_FLOAT32)
+    shared: of the persistent kernels, as persistent_shared_bytes gives it. most_N: neurons that
+    they take at most. products: of a row with a block of weights that a step takes backward.
+    """
+    fits = N <= most_N and all(fixed + stage <= limit for fixed, stage in shared.values())
     if fits and not stepwise:
         # 16 rows are the least a tensor core takes; 4 warps spill at N = 128 and, in float32, at
         # N = 64. three stages where they fit: loads then start two steps ahead. unmeasured
@@ -224,8 +279,8 @@ def _tiles(
 
     if fits:
         reason = "a launch a step was asked for"
-    elif N > PERSISTENT_N:
-        reason = f"the weights of more than {PERSISTENT_N} neurons fit no multiprocessor"
+    elif N > most_N:
+        reason = f"the weights of more than {most_N} neurons fit no multiprocessor"
     else:
         kib = max(fixed + stage for fixed, stage in shared.values()) >> 10
         reason = (
@@ -242,10 +297,10 @@ def _tiles(
     # unmeasured
     BLOCK_K = 16 if ieee else 32 if BLOCK_B >= 64 and not is_half(dtype) else 64
     warps = 8 if BLOCK_B >= 64 else 4
-    # backward holds three gates of g_z and of the weights per stage
-    stage = 3 * (BLOCK_B + BLOCK_N) * BLOCK_K * operand_dtype(dtype).itemsize
+    # what backward holds of operands and weights per stage
+    stage = products * (BLOCK_B + BLOCK_N) * BLOCK_K * operand_dtype(dtype).itemsize
     forward = Tile(BLOCK_B, BLOCK_N, BLOCK_K, warps, 3 if 3 * stage <= limit else 2)
-    # what spills in backward: a third stage at N = 160 (float16, sm_80), and 4 warps in ieee at
-    # N = 256 (sm_80) and 513 (sm_90). unmeasured
+    # what spills in GPN's backward: a third stage at N = 160 (float16, sm_80), and 4 warps in ieee
+    # at N = 256 (sm_80) and 513 (sm_90). unmeasured
     backward = replace(forward, num_warps=8) if ieee else replace(forward, num_stages=2)
     return "stepwise", (forward, backward), reason

@@ -55,13 +55,14 @@ def test_every_kind_runs_says_what_was_left_out_and_records_what_a_figure_needs(
         assert 1e3 * benchmark["stats"]["median"] == pytest.approx(r["median_ms"])
 
 
+@pytest.mark.parametrize("subject", ["gpn-cpu", "lif", "cuba-lif"])
 @pytest.mark.parametrize(("name", "damage"), [
     ("spike", lambda out: torch.cat([1 - out[:1].detach(), out[1:]])),
     ("gradient", lambda out: out + 0.01 * (out - out.detach())),
     ("result is not finite", lambda out: out * torch.inf),
 ])  # fmt: skip
-def test_gate_names_what_is_wrong(name, damage):
-    entry = subjects.entries(cases.cases("recurrence", "tiny")[0], CPU, True)("gpn-cpu")
+def test_gate_names_what_is_wrong(name, damage, subject):
+    entry = subjects.entries(cases.cases("recurrence", "tiny")[0], CPU, True)(subject)
     assert entry.check()["spikes_a_step"] > 0
     forward = entry.call.forward
     entry.call.forward = lambda: damage(forward())

@@ -79,7 +79,7 @@ def error_of(argv, capsys, main=train.main, status=2):
 @pytest.mark.parametrize(
     ("argv", "ignored"),
     [
-        ("--neuron lif --backend triton", "backend"),
+        ("--neuron gru --backend triton", "backend"),
         ("--neuron lstm --surrogate atan", "surrogate"),
         ("--neuron cnn --alpha 3", "alpha"),
         ("--neuron plif --checkpoint-every 4", "checkpoint_every"),
@@ -88,7 +88,7 @@ def error_of(argv, capsys, main=train.main, status=2):
         ("--train-file a.h5 --download", "download"),
         ("--download", "download"),
         ("--preset shd-small --samples 10", "samples"),
-        ("--neuron lif --backend torch", None),
+        ("--neuron lif --backend triton", None),
         ("--neuron gpn-no-i --backend triton --alpha 3 --surrogate atan", None),
         ("--samples 9 --classes 3", None),
         ("--preset ssc-small --download", None),
@@ -106,9 +106,9 @@ def test_an_option_without_effect_is_refused_when_given(argv, ignored, tmp_path)
     # a run that holds all options is taken up all the same
     run_folder.write_json(
         tmp_path / "config.json",
-        TrainConfig(neuron="lif", backend="triton", train_file="a.h5", download=True).to_dict(),
+        TrainConfig(neuron="gru", backend="triton", train_file="a.h5", download=True).to_dict(),
     )
-    assert parse(["--resume", str(tmp_path)]).neuron == "lif"
+    assert parse(["--resume", str(tmp_path)]).neuron == "gru"
 
 
 def test_options_without_effect_are_refused_in_a_file_too(tmp_path):

@@ -49,9 +49,10 @@ def test_replays_draw_new_masks_and_resets_and_the_seed_brings_them_back():
     assert len(first.unique(dim=0)) == WARM_RUNS + 4
 
 
+@pytest.mark.parametrize("neuron", ["gpn", "plif", "cuba-lif"])
 @pytest.mark.parametrize("no_graph", [False, True])
-def test_a_step_never_waits_for_the_device(no_graph):
-    net = small_engine(GPU, no_graph=no_graph, amp="bf16", accumulate=2)
+def test_a_step_never_waits_for_the_device(no_graph, neuron):
+    net = small_engine(GPU, no_graph=no_graph, amp="bf16", accumulate=2, neuron=neuron)
     feed = resident(store(), GPU)
     net.start_epoch(feed, 0, 0)
     for _ in range(WARM_RUNS + 1):

@@ -70,9 +70,22 @@ def test_what_computes_each_layer_is_named_with_the_reason(backend, how, strateg
     assert found[0]["reason"].startswith(reason)
 
 
+@pytest.mark.parametrize(("neuron", "strategies"), [
+    ("plif", ["persistent", "persistent"]), ("cuba-lif", ["persistent", "stepwise"]),
+])  # fmt: skip
+def test_what_computes_leaky_neurons_is_named_like_gpn_s(neuron, strategies):
+    sizes = 100, 256, torch.bfloat16, CPU
+    found = layers_run(SpikingClassifier([256, 512], neuron, backend="triton").neurons, *sizes)
+    assert [(layer["backend"], layer["strategy"]) for layer in found] == [
+        ("triton", strategy) for strategy in strategies
+    ]
+    (found,) = layers_run(SpikingClassifier([8], neuron).neurons, *sizes)
+    assert (found["backend"], found["reason"]) == ("cpu", "these are the kernels for a CPU")
+
+
 def test_a_neuron_without_kernels_and_a_gpu_without_triton_say_so(monkeypatch):
-    (found,) = layers_run(SpikingClassifier([8], "lif").neurons, 5, 4, torch.float32, CPU)
-    assert (found["backend"], found["reason"]) == ("torch", "LIF has no kernel")
+    (found,) = layers_run(SpikingClassifier([8], "gru").neurons, 5, 4, torch.float32, CPU)
+    assert (found["backend"], found["reason"]) == ("torch", "GRU has no kernel")
     # as on a GPU that is too old
     monkeypatch.setattr(device, "choose_backend", lambda *_: "torch")
     monkeypatch.setattr(device, "triton_unavailable", lambda x: "the GPU is too old")

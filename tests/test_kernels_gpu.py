@@ -16,7 +16,7 @@ from gpn_triton import gpn
 from gpn_triton.kernels import tiles
 from gpn_triton.machine import device
 from gpn_triton.neurons import reference
-from tests import interpreted_bfloat16
+from tests import interpreted_bfloat16, leaky
 from tests.interpreter import need_interpreter
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import FLIPS, TOLERANCES
@@ -216,3 +216,68 @@ def test_peak_memory_grows_with_the_length_by_what_is_saved(T, B, N, monkeypatch
     # spikes, v saved for backward and the gradient of x, float32 all; a tenth for the allocator and
     # the packed spikes
     assert peaks[1] - peaks[0] < 1.1 * 3 * T * B * N * 4
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("kind", leaky.KINDS)
+@pytest.mark.parametrize("T, B, N", [
+    (4, 5, 16), on_gpu(100, 256, 128), on_gpu(100, 256, 512), on_gpu(1000, 64, 256),
+    on_gpu(100, 37, 100),
+])  # fmt: skip
+def test_leaky_neurons_equal_the_specification(T, B, N, kind, dtype):
+    leaky.check(kind, T, B, N, dtype, "triton", device=DEVICE)
+
+
+def leaky_results(kind, inputs, g_out):
+    """spikes, the state after the last step and every gradient, of fresh leaves."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    spikes, state, _ = leaky.run(kind, leaves, "triton")
+    gradients = torch.autograd.grad(spikes, leaves, g_out)
+    return [spikes.detach(), *(a.detach() for a in state), *gradients]
+
+
+@pytest.mark.parametrize("kind", leaky.KINDS)
+@pytest.mark.parametrize("T, B, N, dtype", [
+    (3, 5, 16, BFLOAT16), on_gpu(100, 256, 128, FLOAT32), on_gpu(100, 256, 256, BFLOAT16),
+    on_gpu(50, 256, 512, FLOAT16),
+])  # fmt: skip
+def test_every_run_of_leaky_neurons_gives_the_same_bits_replayed_or_not(T, B, N, dtype, kind):
+    inputs = leaky.layer(kind, T, B, N, dtype, DEVICE)
+    g_out = torch.randn(T, B, N, device=DEVICE).to(dtype)
+    first = leaky_results(kind, inputs, g_out)
+    assert all(map(torch.equal, first, leaky_results(kind, inputs, g_out)))
+    if DEVICE == "cpu":
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = leaky_results(kind, inputs, g_out)
+    # numbers the capture has not seen
+    with torch.no_grad():
+        for t in (*inputs, g_out):
+            t.mul_(0.9)
+    graph.replay()
+    expected = leaky_results(kind, inputs, g_out)
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, replayed, expected))
+
+
+@pytest.mark.parametrize("kind", leaky.KINDS)
+@pytest.mark.parametrize("T, B, N", [
+    (9, 3, 16), on_gpu(2100, 8192, 128), on_gpu(530, 8192, 512),
+])  # fmt: skip
+def test_offsets_beyond_2_to_the_31_reach_the_right_elements_of_leaky_neurons(T, B, N, kind):
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 70 << 30:
+        pytest.skip("needs 70 GiB of free device memory")
+    inputs = leaky.layer(kind, T, B, N, FLOAT16, DEVICE)
+    # the last steps by themselves are near the start of their memory
+    x, *rest = (t.detach() for t in inputs)
+    before, state, _ = leaky.run(kind, [x[:-6], *rest], "triton")
+    last = [before[-1].to(rest[0].dtype)]
+    rest = [state[0], rest[1]] if kind == "lif" else [*rest[:2], *state, *last]
+    del before
+    expected = leaky_results(kind, [x[-6:], *rest], torch.ones_like(x[-6:]))
+    got = leaky_results(kind, inputs, torch.ones_like(x))
+    states = 1 + len(state)
+    assert torch.equal(got[0][-6:], expected[0])
+    assert all(map(torch.equal, got[1:states], expected[1:states]))
+    assert torch.equal(got[states][-6:], expected[states])

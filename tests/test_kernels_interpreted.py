@@ -1,6 +1,7 @@
 """The recurrence kernels against the specification in float64: in Triton's interpreter where there
 is no GPU, on the GPU where there is one."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,15 +9,18 @@ import torch
 
 pytest.importorskip("triton")
 from gpn_triton.kernels import tiles
+from gpn_triton.kernels.cuba_lif import cuba_lif_backward, cuba_lif_forward
 from gpn_triton.kernels.gpn_forward import gpn_forward
 from gpn_triton.kernels.spikes import spikes_unpack
 from gpn_triton.machine import device as machine
 from gpn_triton.neurons import gpn as ops
+from gpn_triton.neurons.lif import lif
+from gpn_triton.neurons.networks import SpikingClassifier
 from gpn_triton.neurons.recurrence_torch import unpack_spikes
 from gpn_triton.neurons.reference import GATES, gpn_loop
 from gpn_triton.neurons.spike_linear import spike_linear
 from gpn_triton.neurons.surrogate import SURROGATES
-from tests import interpreted_bfloat16
+from tests import interpreted_bfloat16, leaky
 from tests.interpreter import need_interpreter
 from tests.recurrence import DEVICE, check_gradients, layer, run_kernels
 from tests.tolerances import BACKENDS, MEAN, TOLERANCES
@@ -44,11 +48,13 @@ def plan(strategy, T, B, N, dtype, variant, every, **changes):
     return replace(chosen, strategy=strategy, **{"forward": tile, "backward": tile, **changes})
 
 
-def beyond_the_gpu(how, N, variant, dtype, cuda):
-    """Why a plan that tiles.choose would not make cannot run on the GPU that is here, if so."""
-    if how.strategy == "stepwise" or not cuda or not GATES[variant]:
+def beyond_the_gpu(how, shared, cuda):
+    """Why a plan that tiles.choose would not make cannot run on the GPU that is here, if so.
+
+    shared: as tiles.persistent_shared_bytes gives it.
+    """
+    if how.strategy == "stepwise" or not cuda:
         return None
-    shared = tiles.persistent_shared_bytes(N, GATES[variant], dtype)
     tiles_of = how.forward.num_stages, how.backward.num_stages
     most = max(a + (k - 1) * b for (a, b), k in zip(shared.values(), tiles_of, strict=True))
     limit = machine.kernel_limits()["shared_bytes"]
@@ -59,7 +65,8 @@ def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, ev
           surrogate="atan", alpha=2.0, lengths=None, **changes):  # fmt: skip
     """Hold forward and every gradient of the kernels against autograd of the specification."""
     how = plan(strategy, T, B, N, dtype, variant, every, **changes)
-    if reason := beyond_the_gpu(how, N, variant, dtype, DEVICE == "cuda"):
+    shared = tiles.persistent_shared_bytes(N, GATES[variant], dtype)
+    if GATES[variant] and (reason := beyond_the_gpu(how, shared, DEVICE == "cuda")):
         pytest.skip(reason)
     inputs = layer(T, B, N, variant, dtype)
     g_out = torch.randn((B, N) if mean else (T, B, N), device=DEVICE)
@@ -149,6 +156,120 @@ def test_half_types_stay_near_the_specification(strategy, T, B, N, options, dtyp
     check(strategy, T, B, N, dtype=dtype, **options)
 
 
+def check_cuba_lif(strategy, T, B, N, dtype=torch.float32, **changes):
+    """Hold CuBa-LIF's kernels against the specification, by a plan as `plan` makes it."""
+    how = tiles.choose_cuba_lif(T, B, N, dtype)
+    tile = tiles.Tile(16, tiles.block(N), 0, 8, 3)
+    if strategy == "stepwise":
+        tile = tiles.Tile(32, 64, 64, 4, 2)
+    how = replace(how, strategy=strategy, **{"forward": tile, "backward": tile, **changes})
+    if reason := beyond_the_gpu(how, tiles.cuba_lif_shared_bytes(N, dtype), DEVICE == "cuda"):
+        pytest.skip(reason)
+    inputs = leaky.layer("cuba-lif", T, B, N, dtype, DEVICE)
+    x, weight, bias, *state = (t.detach() for t in inputs)
+    forward = (x, weight, bias, *state, *leaky.DECAYS)
+    spikes, *ends, h, bits = cuba_lif_forward(*forward, True, how)
+    assert torch.equal(unpack_spikes(bits, 0, T, dtype), spikes)
+    # without anything saved for backward the same comes out
+    again = cuba_lif_forward(*forward, False, how)
+    assert all(map(torch.equal, (spikes, *ends), again)) and again[3].numel() == 0
+    cotangents = [torch.randn_like(a) for a in (spikes, *ends)]
+    gradients = cuba_lif_backward(
+        *cotangents, h, bits, weight, state[2], *leaky.DECAYS, "atan", 2.0, how
+    )
+    leaky.hold("cuba-lif", inputs, spikes, ends, gradients, cotangents)
+
+
+@pytest.mark.parametrize("strategy, T, B, N, options", [
+    ("stepwise", 1, 1, 1, {}),
+    ("stepwise", 5, 13, 37, {"backward_steps": 2}),
+    ("stepwise", 2, 33, 70, {}),
+    ("persistent", 1, 3, 5, {}),
+    ("persistent", 34, 5, 16, {"backward_steps": 15}),
+    ("persistent", 3, 17, 100, {}),
+])  # fmt: skip
+def test_both_strategies_of_cuba_lif_equal_the_specification(strategy, T, B, N, options):
+    check_cuba_lif(strategy, T, B, N, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["stepwise", "persistent"])
+def test_half_types_of_cuba_lif_stay_near_the_specification(strategy, dtype):
+    check_cuba_lif(strategy, 3, 13, 37, dtype, backward_steps=2)
+
+
+@pytest.mark.parametrize("dtype, T, B, N", [
+    (torch.float32, 1, 1, 1), (torch.float32, 34, 7, 21), (torch.float32, 3, 16, 40),
+    (torch.float16, 5, 13, 37), (torch.bfloat16, 9, 4, 4),
+])  # fmt: skip
+def test_lif_equals_the_specification(dtype, T, B, N):
+    leaky.check("lif", T, B, N, dtype, "triton", device=DEVICE)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("kind", leaky.KINDS)
+def test_every_surrogate_of_the_leaky_neurons_equals_the_specification(kind, surrogate):
+    leaky.check(kind, 2, 3, 16, torch.float32, "triton", surrogate, 1.5, DEVICE)
+
+
+@pytest.mark.parametrize("kind", leaky.KINDS)
+def test_leaky_neurons_do_not_mind_strides_absent_gradients_or_a_nan_elsewhere(kind):
+    inputs = leaky.layer(kind, 4, 3, 8, torch.float32, DEVICE)
+    strange = [t.detach().mT.contiguous().mT if t.ndim > 1 else t.detach() for t in inputs]
+    strange = [t.requires_grad_() for t in strange]
+    g = torch.randn(4, 8, 3, device=DEVICE).mT
+    zero, results = torch.zeros(3, 8, device=DEVICE), []
+    for given, cotangent in ((inputs, g.contiguous()), (strange, g)):
+        spikes, state, _ = leaky.run(kind, given, "triton")
+        results.append(torch.autograd.grad(spikes, given, cotangent, retain_graph=True))
+        cotangents = [cotangent, *[zero] * len(state)]
+        results.append(torch.autograd.grad([spikes, *state], given, cotangents))
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
+    # spikes may have none either, and a sample stays by itself
+    with torch.no_grad():
+        inputs[0][1, 2] = float("nan")
+    spikes, state, _ = leaky.run(kind, inputs, "triton")
+    g_x, *_ = torch.autograd.grad(state[-1].sum(), inputs)
+    assert state[-1][2].isnan().all() and g_x[1, 2].isnan().all()
+    assert state[-1][:2].isfinite().all() and g_x[:, :2].isfinite().all()
+
+
+def test_a_network_of_leaky_neurons_compiles_whole_and_equals_itself():
+    x = torch.poisson(torch.full((5, 3, 9), 2.0, device=DEVICE))
+    model = SpikingClassifier([16], "plif", inputs=9, classes=4, backend="triton").to(DEVICE)
+    with torch.no_grad():
+        model.inputs[0].weight *= 8
+    draws = model.draw(3)
+
+    def gradients(run):
+        model.zero_grad()
+        run(x, draws)[0].square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients(model)
+    assert all(g.any() for g in expected)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo detected")
+        compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert all(map(torch.equal, expected, compiled))
+    # and what has no kernel is refused by name
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: .* no forward mode"):
+        current = torch.zeros(5, 3, 16, device=DEVICE)
+        torch.func.jvp(lambda x: model.neurons[0](x)[0], (current,), (current,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_membrane_rounded_to_a_half_type_stays_on_its_side_of_the_threshold(dtype):
+    x = torch.tensor([[[1.0, 1.5]]], dtype=dtype, device=DEVICE, requires_grad=True)
+    # h is x / tau: 1 - 2^-20, which a half type rounds to 1, and above 1
+    spikes, v, _ = lif(x, tau=1 + 2**-20, backend="triton")
+    assert spikes.flatten().tolist() == [0, 1]
+    assert v.flatten().tolist() == pytest.approx([1 - 2**-20, 0], abs=1e-6)
+    # what was not reset hands its gradient on
+    (g_x,) = torch.autograd.grad(v.sum(), x)
+    assert g_x.flatten().tolist() == pytest.approx([1, 0], abs=1e-5)
+
+
 @pytest.mark.parametrize("strategy", ["stepwise", "persistent"])
 @pytest.mark.parametrize("mean", [False, True])
 def test_inference_saves_nothing_and_gives_the_same_output(strategy, mean):
@@ -236,12 +357,14 @@ def test_autocast_gives_spikes_of_its_dtype_and_float32_gradients(dtype):
 def test_a_plan_beyond_the_gpu_s_shared_memory_is_left_out_there_with_the_reason(monkeypatch):
     monkeypatch.setattr(machine, "kernel_limits", lambda: {"shared_bytes": 227 << 10})
     how = plan("persistent", 2, 1, 128, torch.float32, "full", 1)
-    reason = beyond_the_gpu(how, 128, "full", torch.float32, cuda=True)
+    shared = tiles.persistent_shared_bytes(128, GATES["full"], torch.float32)
+    reason = beyond_the_gpu(how, shared, cuda=True)
     # 3 stages of float32, backward
     assert reason == "takes 360704 bytes of shared memory of 232448"
     half = plan("persistent", 2, 1, 128, torch.float16, "full", 1)
-    assert beyond_the_gpu(half, 128, "full", torch.float16, cuda=True) is None
-    assert beyond_the_gpu(how, 128, "full", torch.float32, cuda=False) is None
+    halved = tiles.persistent_shared_bytes(128, GATES["full"], torch.float16)
+    assert beyond_the_gpu(half, halved, cuda=True) is None
+    assert beyond_the_gpu(how, shared, cuda=False) is None
 
 
 def test_a_backend_is_refused_with_the_reason_or_chosen():

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # by the strategy a layer should have: its capability, and what differs from N = 128 in float16, the
-# full neuron, spikes, B = 256. Each kind of kernel once in the sample; in the rest other variants
+# full GPN, spikes, B = 256. Each kind of kernel once in the sample; in the rest other variants
 # and tiles, and those that once spilled: with a third stage in backward, or with 4 warps
 LAYERS = {
     "sample": [
@@ -31,6 +31,9 @@ LAYERS = {
         ("persistent", 80, {"N": 64, "dtype": "float32", "lengths": True}),
         ("stepwise", 80, {"N": 256, "every": 10}),
         ("stepwise", 90, {"N": 512, "dtype": "float32", "precision": "tf32"}),
+        ("persistent", 90, {"neuron": "lif"}),
+        ("persistent", 80, {"neuron": "cuba-lif", "N": 256}),
+        ("stepwise", 90, {"neuron": "cuba-lif", "N": 512, "dtype": "float32", "precision": "tf32"}),
     ],
     "rest": [
         ("persistent", 90, {"every": 10, "lengths": True}),
@@ -42,6 +45,12 @@ LAYERS = {
         ("stepwise", 80, {"N": 160, "mean": True, "every": 10}),
         ("stepwise", 90, {"N": 513, "dtype": "float32"}),
         ("stepwise", 90, {"N": 1024, "B": 8192}),
+        ("persistent", 80, {"neuron": "lif", "N": 37, "dtype": "bfloat16"}),
+        ("persistent", 80, {"neuron": "lif", "N": 37, "dtype": "float32"}),
+        ("persistent", 90, {"neuron": "cuba-lif", "dtype": "float32"}),
+        ("persistent", 90, {"neuron": "cuba-lif", "N": 256, "dtype": "bfloat16"}),
+        ("stepwise", 80, {"neuron": "cuba-lif", "N": 256, "dtype": "float32"}),
+        ("stepwise", 80, {"neuron": "cuba-lif", "N": 1024, "B": 8192}),
     ],
 }
 CASES = [("sample", k) for k in range(len(LAYERS["sample"]))]
@@ -55,8 +64,10 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
     import torch
 
     from gpn_triton.kernels import offline, tiles
+    from gpn_triton.kernels.cuba_lif import cuba_lif_backward, cuba_lif_forward
     from gpn_triton.kernels.gpn_backward import gpn_backward
     from gpn_triton.kernels.gpn_forward import gpn_forward
+    from gpn_triton.kernels.lif import lif_backward, lif_forward
     from gpn_triton.kernels.spikes import spikes_unpack
     from gpn_triton.neurons.reference import GATES
 
@@ -65,6 +76,7 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
     versions = {}
     # the plan may depend on the batch, the code of a plan must not
     plan = tiles.choose(100, 256, N, dtype, gates, 3)
+    lif, cuba_lif = tiles.choose_lif(100), tiles.choose_cuba_lif(100, 256, N, dtype)
     with offline.compiling(90) as found:
         for T in (1, 2, 100):
             for B in (1, 13, 256) if T < 100 else (1, 13):
@@ -78,8 +90,19 @@ def recompiled(N: int, dtype: str) -> dict[str, int]:
                         gates, "atan", 2.0, every, mean, plan,
                     )  # fmt: skip
                     spikes_unpack(bits, state, 0, T, dtype)
-    for name, constants, _ in found:
-        key = f"{name} {constants}"
+                spikes, v, h, _ = lif_forward(x, state, weights[2][0], True, lif)
+                lif_backward(spikes, v, h, state, weights[2][0], True, "atan", 2.0, lif)
+                weight, bias = weights[0][:N], weights[2][:N]
+                spikes, *ends, h, bits = cuba_lif_forward(
+                    x, weight, bias, *[state] * 3, 0.5, 0.5, True, cuba_lif
+                )
+                cuba_lif_backward(
+                    spikes, *ends, h, bits, weight, state, 0.5, 0.5, "atan", 2.0, cuba_lif
+                )
+    for name, constants, kernel in found:
+        # what casts operands has one for each pair of dtypes
+        pointers = [kind for kind in kernel.src.signature.values() if kind.startswith("*")]
+        key = f"{name} {constants} {pointers}"
         versions[key] = versions.get(key, 0) + 1
     return versions
 
@@ -130,8 +153,11 @@ def most_shared(options: dict, way: str, stages: int) -> int:
     from gpn_triton.kernels import tiles
     from gpn_triton.neurons.reference import GATES
 
-    gates, dtype = GATES[options.get("variant", "full")], options.get("dtype", "float16")
-    sizes = tiles.persistent_shared_bytes(options.get("N", 128), gates, getattr(torch, dtype))
+    N, dtype = options.get("N", 128), getattr(torch, options.get("dtype", "float16"))
+    if options.get("neuron") == "cuba-lif":
+        sizes = tiles.cuba_lif_shared_bytes(N, dtype)
+    else:
+        sizes = tiles.persistent_shared_bytes(N, GATES[options.get("variant", "full")], dtype)
     fixed, stage = sizes[way]
     return fixed + (stages - 1) * stage
 
@@ -159,7 +185,7 @@ def compile_group(group: str) -> dict:
         plan, reports = Layer(**{"N": 128, **options, "capability": capability}).compile()
         reports = [asdict(r) | {"faults": faults(r, capability)} for r in reports]
         for report in reports:
-            if "persistent" in report["kernel"] and report["constants"]["GATES"]:
+            if "persistent" in report["kernel"] and report["constants"].get("GATES", True):
                 way = "forward" if "forward" in report["kernel"] else "backward"
                 report["bound"] = most_shared(options, way, getattr(plan, way).num_stages)
         layers.append({"strategy": plan.strategy, "reports": reports})
@@ -192,11 +218,16 @@ def test_no_kernel_spills_or_outgrows_the_gpu_and_every_loop_is_pipelined(group,
     for report in layer["reports"]:
         assert not report["faults"], report
         assert report["shared_bytes"] <= report.get("bound", report["shared_bytes"]), report
-    # forward and backward of the strategy, the gradient's elementwise part, and what unpacks spikes
-    # for a linear layer, to which a mean leaves none; half types also have what casts operands
+    # half types also have what casts operands
     kernels = {report["kernel"] for report in layer["reports"]} - {"operands_cast_kernel"}
+    neuron = options.get("neuron", "gpn")
+    if neuron == "lif":
+        assert kernels == {"lif_forward_kernel", "lif_backward_kernel"}
+        return
+    # forward and backward of the strategy, and what unpacks spikes for the weight's gradient or for
+    # a linear layer, to which a mean leaves none; of GPN also the gradient's elementwise part
     assert sum(strategy in kernel for kernel in kernels) == 2
-    assert len(kernels) == 3 + (not options.get("mean", False))
+    assert len(kernels) == 2 + (neuron == "gpn") + (not options.get("mean", False))
     replays = [report for report in layer["reports"] if report["constants"].get("REPLAY")]
     assert len(replays) == (options.get("every", 1) > 1)
 
@@ -215,7 +246,7 @@ def test_persistent_loop_holds_all_products_and_few_barriers(k):
 @pytest.mark.parametrize("N, dtype", UNCHANGED)
 def test_a_changed_length_or_batch_does_not_recompile(N, dtype):
     versions = compiled("sample")["versions"][f"{N}-{dtype}"]
-    assert len(versions) >= 6
+    assert len(versions) >= 10
     assert set(versions.values()) == {1}, versions
 
 

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent
 # a room: its modules, and the rooms below it that it imports; `commands` is the package's folder
 ROOMS = {
     "kernels": (
-        "binning binning_cpu cpu events_cpu gpn_backward gpn_cpu gpn_forward inner_ear "
-        "inner_ear_cpu lif_cpu linear_cpu offline operands pointwise pointwise_cpu spikes tiles",
+        "binning binning_cpu cpu cuba_lif events_cpu gpn_backward gpn_cpu gpn_forward "
+        "inner_ear inner_ear_cpu lif lif_cpu linear_cpu offline operands pointwise "
+        "pointwise_cpu spikes tiles",
         "",
     ),
     "machine": ("device distributed figure files graphs interrupt profile provenance", ""),

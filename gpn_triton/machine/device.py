@@ -38,9 +38,8 @@ def choose_device(name: str) -> torch.device:
 def choose_backend(backend: str, x: Tensor) -> str:
     """triton, cpu or torch; raises RuntimeError if one was asked for by name and cannot run.
 
-    auto is cpu on a CPU, triton on a GPU whose kernels can run, else torch. Called within the
-    operators, where torch.compile does not look. An operator that has no kernel for a CPU takes cpu
-    for torch.
+    auto is cpu on a CPU, triton on a GPU whose kernels can run, else torch. An operator that has no
+    kernel for a CPU takes cpu for torch.
     """
     if backend == "auto":
         if x.device.type == "cpu":
@@ -67,10 +66,20 @@ def triton_unavailable(x: Tensor) -> str | None:
     return _device_unavailable(x.device.type, x.device.index)
 
 
-# asked in every call; the answer cannot change while a process runs
-@functools.cache
 def _device_unavailable(kind: str, index: int | None) -> str | None:
     """Why the kernels cannot run on a device."""
+    return _ask_device(kind, index)
+
+
+# torch.compile asks once and keeps the answer: this is the mark that
+# torch.compiler.assume_constant_result makes, which would import the compiler here
+_device_unavailable._dynamo_marked_constant = True
+
+
+# asked in every call; the answer cannot change while a process runs
+@functools.cache
+def _ask_device(kind: str, index: int | None) -> str | None:
+    """_device_unavailable, found out."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (it exists for Linux: pip install triton)"
     from triton import knobs

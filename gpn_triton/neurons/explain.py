@@ -13,7 +13,7 @@ from torch import nn
 from gpn_triton.machine import device
 from gpn_triton.neurons import cost
 from gpn_triton.neurons.gpn_options import GPNOptions
-from gpn_triton.neurons.layers import GPN
+from gpn_triton.neurons.layers import GPN, LIF, CubaLIF
 from gpn_triton.neurons.reference import GATES
 
 
@@ -137,6 +137,24 @@ def explain(
     )
 
 
+def _strategy(
+    layer: GPN | LIF | CubaLIF, sizes: tuple[int, int, int], dtype: torch.dtype, where: torch.device
+) -> tuple[str, str]:
+    """How the Triton kernels run a layer, and why."""
+    from gpn_triton.kernels import tiles
+
+    limits = device.kernel_limits() if where.type == "cuda" else {}
+    precision = device.float32_precision()
+    if isinstance(layer, LIF):
+        plan = tiles.choose_lif(sizes[0])
+    elif isinstance(layer, CubaLIF):
+        plan = tiles.choose_cuba_lif(*sizes, dtype, precision, **limits)
+    else:
+        gates = GATES[layer.variant]
+        plan = tiles.choose(*sizes, dtype, gates, layer.options.every, precision, **limits)
+    return plan.strategy, plan.reason
+
+
 def layers_run(
     layers: nn.ModuleList, T: int, B: int, dtype: torch.dtype, where: torch.device
 ) -> list[dict[str, Any]]:
@@ -152,21 +170,15 @@ def layers_run(
     """
     found = []
     for layer in layers:
-        if not isinstance(layer, GPN):
+        if not isinstance(layer, GPN | LIF | CubaLIF):
             kind = type(layer).__name__
             found.append({"backend": "torch", "strategy": None, "reason": f"{kind} has no kernel"})
             continue
-        asked, x = layer.options.backend, torch.empty(0, dtype=dtype, device=where)
+        asked = layer.options.backend if isinstance(layer, GPN) else layer.backend
+        x = torch.empty(0, dtype=dtype, device=where)
         how, strategy = device.choose_backend(asked, x), None
         if how == "triton":
-            from gpn_triton.kernels import tiles
-
-            limits = device.kernel_limits() if where.type == "cuda" else {}
-            plan = tiles.choose(
-                T, B, layer.hidden_size, dtype, GATES[layer.variant], layer.options.every,
-                device.float32_precision(), **limits,
-            )  # fmt: skip
-            strategy, reason = plan.strategy, plan.reason
+            strategy, reason = _strategy(layer, (T, B, layer.hidden_size), dtype, where)
         elif asked != "auto":
             reason = "it was asked for by name"
         elif how == "cpu":

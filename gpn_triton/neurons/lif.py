@@ -1,9 +1,9 @@
 """lif(), cuba_lif(): the leaky neurons beside GPN as one differentiable operator each.
 
 Checks the tensors, chooses the backend and registers the custom operators gpn_triton::lif and
-gpn_triton::cuba_lif, and their backwards, with torch: the kernels for a CPU. For backward they hold
-the membrane before the threshold and the spikes in one bit each, no graph of autograd's. Other
-devices have no kernel: there the loops of reference.py run under autograd. The only importer of
+gpn_triton::cuba_lif, and their backwards, with torch: the kernels for a GPU and for a CPU. For
+backward they hold the membrane before the threshold and the spikes in one bit each, no graph of
+autograd's. Where no kernel runs, the loops of reference.py run under autograd. The only importer of
 these neurons' kernels, which it imports when they are first asked for.
 """
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpn_triton.kernels.tiles import WORD
+from gpn_triton.kernels.tiles import WORD, choose_cuba_lif, choose_lif
+from gpn_triton.machine import device
 from gpn_triton.machine.device import BACKENDS, choose_backend
 from gpn_triton.neurons import cost
 from gpn_triton.neurons.checks import check_operand, check_sequence, check_state
@@ -42,9 +43,7 @@ def lif(
     Args:
         x [T, B, N] float: synaptic current. v0 [B, N] float: membrane at t = 0; None: zeros.
         tau: time constant in bins, a number or a tensor of one.
-        surrogate, alpha: as gpn(). backend: cpu (kernels for CPU tensors, which Numba compiles),
-            torch (the specification itself, on any device) or auto: cpu for CPU tensors, else
-            torch. A backend asked for by name runs or raises.
+        surrogate, alpha, backend: as gpn().
     Returns:
         spikes [T, B, N] of x's dtype; v_final [B, N] of the state's; the spikes' bits, as
         gpn_packed gives them, or None.
@@ -69,7 +68,7 @@ def lif(
         spikes, v = lif_loop(x.to(state), v0, tau, surrogate, alpha)
         return spikes.to(x.dtype), v, None
     saves, keeps_bits = saves_for_backward(x, v0, tau)
-    spikes, v, _, bits = _lif(x, v0, tau, surrogate, float(alpha), saves)
+    spikes, v, _, bits = _lif(x, v0, tau, surrogate, float(alpha), backend, saves)
     return spikes, v, bits if keeps_bits else None
 
 
@@ -93,9 +92,7 @@ def cuba_lif(
         x [T, B, N] float: input. weight [N, N], bias [N] float: from the spikes of the step before.
         state: current, membrane and last spikes at t = 0, each [B, N]; None: zeros.
         current_decay, membrane_decay: what a step leaves of each.
-        surrogate, alpha: as gpn(). backend: cpu (kernels for CPU tensors, which Numba compiles),
-            torch (the specification itself, on any device) or auto: cpu for CPU tensors, else
-            torch. A backend asked for by name runs or raises.
+        surrogate, alpha, backend: as gpn().
     Returns:
         spikes [T, B, N] of x's dtype; the state after the last step; the spikes' bits, as
         gpn_packed gives them, or None.
@@ -133,7 +130,7 @@ def cuba_lif(
     if not torch.compiler.is_compiling():
         cost.tell_flop_counter()
     spikes, current, v, _, bits = _cuba_lif(
-        x, weight, bias, *state, *decays, surrogate, float(alpha), saves
+        x, weight, bias, *state, *decays, surrogate, float(alpha), backend, saves
     )
     return spikes, (current, v, spikes[-1].to(dtype)), bits if keeps_bits else None
 
@@ -146,40 +143,25 @@ def _check_options(x: Tensor, surrogate: str, backend: str) -> torch.dtype:
 
 
 def _takes_kernels(backend: str, x: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels run, or the loop.
+    """Whether kernels run, or the loop.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run.
     """
-    cpu = choose_leaky_backend(backend, x) == "cpu"
+    how = choose_backend(backend, x)
     if not beyond_operators(x, *others):
-        return cpu
-    if backend == "cpu":
+        return how != "torch"
+    if backend in ("triton", "cpu"):
         raise RuntimeError(
-            "backend='cpu' cannot run: the kernels have no forward mode and no rule for torch.func;"
-            " with backend='auto' the loop of reference.py runs here"
+            f"backend={backend!r} cannot run: the kernels have no forward mode and no rule for "
+            "torch.func; with backend='auto' the loop of reference.py runs here"
         )
     return False
 
 
-def choose_leaky_backend(backend: str, x: Tensor) -> str:
-    """cpu or torch, as device.choose_backend, for neurons that have no Triton kernel.
-
-    Raises:
-        RuntimeError: triton, or a backend that cannot run, was asked for by name.
-    """
-    if backend == "triton":
-        raise RuntimeError(
-            "backend='triton' cannot run: lif, plif and cuba-lif have no Triton kernel; use 'auto'"
-        )
-    if backend == "auto":
-        return "cpu" if x.device.type == "cpu" else "torch"
-    return choose_backend(backend, x)
-
-
 def lif_compiles_first(backend: str, x: Tensor) -> bool:
     """Whether a first layer of LIF for x will compile kernels for this CPU."""
-    if choose_leaky_backend(backend, x) != "cpu":
+    if choose_backend(backend, x) != "cpu":
         return False
     from gpn_triton.kernels import lif_cpu
 
@@ -188,7 +170,7 @@ def lif_compiles_first(backend: str, x: Tensor) -> bool:
 
 def cuba_lif_compiles_first(backend: str, x: Tensor) -> bool:
     """Whether a first layer of CuBa-LIF for x will compile kernels for this CPU."""
-    if choose_leaky_backend(backend, x) != "cpu":
+    if choose_backend(backend, x) != "cpu":
         return False
     from gpn_triton.kernels import lif_cpu
 
@@ -204,16 +186,21 @@ def _saved(x: Tensor, save: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("gpn_triton::lif", mutates_args=())
 def _lif(
-    x: Tensor, v0: Tensor, tau: Tensor, surrogate: str, alpha: float, save: bool
+    x: Tensor, v0: Tensor, tau: Tensor, surrogate: str, alpha: float, backend: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """spikes, v_final, h, bits: see lif_cpu.lif_forward."""
+    if choose_backend(backend, x) == "triton":
+        from gpn_triton.kernels.lif import lif_forward
+
+        with torch.cuda.device_of(x):
+            return lif_forward(x, v0, tau, save, choose_lif(len(x)))
     from gpn_triton.kernels import lif_cpu
 
     return lif_cpu.lif_forward(x, v0, tau, save)
 
 
 @_lif.register_fake
-def _(x, v0, tau, surrogate, alpha, save):
+def _(x, v0, tau, surrogate, alpha, backend, save):
     return x.new_empty(x.shape), v0.new_empty(v0.shape), *_saved(x, save)
 
 
@@ -228,15 +215,22 @@ def _lif_backward(
     learns: bool,
     surrogate: str,
     alpha: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, v0 and tau."""
+    options = learns, surrogate, alpha
+    if choose_backend(backend, h) == "triton":
+        from gpn_triton.kernels.lif import lif_backward
+
+        with torch.cuda.device_of(h):
+            return lif_backward(g_spikes, g_v_final, h, v0, tau, *options, choose_lif(len(h)))
     from gpn_triton.kernels import lif_cpu
 
-    return lif_cpu.lif_backward(g_spikes, g_v_final, h, v0, tau, bits, learns, surrogate, alpha)
+    return lif_cpu.lif_backward(g_spikes, g_v_final, h, v0, tau, bits, *options)
 
 
 @_lif_backward.register_fake
-def _(g_spikes, g_v_final, h, v0, tau, bits, learns, surrogate, alpha):
+def _(g_spikes, g_v_final, h, v0, tau, bits, learns, surrogate, alpha, backend):
     return h.new_empty(h.shape), v0.new_empty(v0.shape), tau.new_empty(())
 
 
@@ -260,6 +254,12 @@ _lif_backward.register_autograd(refuse_second("lif", "reference.lif_loop"))
 _lif.register_autograd(_lif_autograd, setup_context=_lif_setup)
 
 
+def _plan(x: Tensor):
+    """How CuBa-LIF over x runs, whose device is current."""
+    limits = device.kernel_limits() if x.is_cuda else {}
+    return choose_cuba_lif(*x.shape, x.dtype, device.float32_precision(), **limits)
+
+
 @torch.library.custom_op("gpn_triton::cuba_lif", mutates_args=())
 def _cuba_lif(
     x: Tensor,
@@ -272,18 +272,26 @@ def _cuba_lif(
     membrane_decay: float,
     surrogate: str,
     alpha: float,
+    backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """spikes, current, v, h, bits: see lif_cpu.cuba_lif_forward."""
+    arguments = x, weight, bias, current, v, last, current_decay, membrane_decay, save
+    if choose_backend(backend, x) == "triton":
+        from gpn_triton.kernels.cuba_lif import cuba_lif_forward
+
+        with torch.cuda.device_of(x):
+            return cuba_lif_forward(*arguments, _plan(x))
     from gpn_triton.kernels import lif_cpu
 
-    return lif_cpu.cuba_lif_forward(
-        x, weight, bias, current, v, last, current_decay, membrane_decay, save
-    )
+    return lif_cpu.cuba_lif_forward(*arguments)
 
 
 @_cuba_lif.register_fake
-def _(x, weight, bias, current, v, last, current_decay, membrane_decay, surrogate, alpha, save):
+def _(
+    x, weight, bias, current, v, last, current_decay, membrane_decay,
+    surrogate, alpha, backend, save,
+):  # fmt: skip
     states = (v.new_empty(v.shape) for _ in range(2))
     return x.new_empty(x.shape), *states, *_saved(x, save)
 
@@ -301,19 +309,25 @@ def _cuba_lif_backward(
     membrane_decay: float,
     surrogate: str,
     alpha: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, current, v and last."""
+    arguments = g_spikes, g_current, g_v, h, bits, weight, last
+    options = current_decay, membrane_decay, surrogate, alpha
+    if choose_backend(backend, h) == "triton":
+        from gpn_triton.kernels.cuba_lif import cuba_lif_backward
+
+        with torch.cuda.device_of(h), torch.autocast(h.device.type, enabled=False):
+            return cuba_lif_backward(*arguments, *options, _plan(h))
     from gpn_triton.kernels import lif_cpu
 
-    return lif_cpu.cuba_lif_backward(
-        g_spikes, g_current, g_v, h, bits, weight, last,
-        current_decay, membrane_decay, surrogate, alpha,
-    )  # fmt: skip
+    return lif_cpu.cuba_lif_backward(*arguments, *options)
 
 
 @_cuba_lif_backward.register_fake
 def _(
-    g_spikes, g_current, g_v, h, bits, weight, last, current_decay, membrane_decay, surrogate, alpha
+    g_spikes, g_current, g_v, h, bits, weight, last, current_decay, membrane_decay,
+    surrogate, alpha, backend,
 ):  # fmt: skip
     shapes = (weight.shape, weight.shape[:1], *[last.shape] * 3)
     return h.new_empty(h.shape), *(weight.new_empty(shape) for shape in shapes)

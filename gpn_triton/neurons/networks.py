@@ -101,14 +101,12 @@ def _leaky(
     compiles_first: Callable[[str, Tensor], bool],
     membrane: Callable[[Any], Tensor] = _itself,
 ) -> Neuron:
-    """A spiking layer made from its neurons and a backend; it has no Triton kernel."""
-    backends = [name for name in BACKENDS if name != "triton"]
+    """A spiking layer made from its neurons and a backend."""
 
     def build(inputs: int, N: int, options: GPNOptions, *_) -> nn.Module:
-        return layer(N, row.backend(options.backend))
+        return layer(N, options.backend)
 
-    row = Neuron(build, work, compiles_first, backends, membrane=membrane)
-    return row
+    return Neuron(build, work, compiles_first, BACKENDS, membrane=membrane)
 
 
 def _twin(layer: type[nn.Module], gates: int) -> Neuron:
@@ -164,8 +162,7 @@ class SpikingClassifier(Pretrained):
         readout: mean over time of the logits, or those of the last step; membrane: of the last
             layer's mean and, beside it, its membrane after the last step (spiking neurons alone).
         time_bins: T; needed by cnn alone, whose readout sees every bin.
-        surrogate, alpha, checkpoint_every: as gpn(), for the GPN neurons.
-        backend: as gpn(), and for lif, plif and cuba-lif as lif().
+        surrogate, alpha, checkpoint_every: as gpn(), for the GPN neurons. backend: as gpn().
         time_constants: (shortest, longest) in bins: the network starts quietly, the GPN neurons as
             GPN says, and spiking neurons' currents are normalised (call normalise with data before
             training). None: as the paper's.

@@ -184,12 +184,21 @@ def gpn_adjoint(
     return g_x, g_weight_x, g_weight_v, g_bias, g_v
 
 
+def _fire(u: Tensor, surrogate: str, alpha: float, fired: Tensor | None) -> Tensor:
+    """spike(u), or the spikes that are given in its place, with its gradient."""
+    if fired is None:
+        return spike(u, surrogate, alpha)
+    smooth = SURROGATES[surrogate].value(u, alpha)
+    return fired + (smooth - smooth.detach())
+
+
 def lif_step(
-    x_t: Tensor, v: Tensor, tau: Tensor | float, surrogate: str = "atan", alpha: float = 2.0
-) -> Step:
-    """One step of lif_loop; its state is the membrane v."""
+    x_t: Tensor, v: Tensor, tau: Tensor | float, surrogate: str = "atan", alpha: float = 2.0,
+    fired: Tensor | None = None,
+) -> Step:  # fmt: skip
+    """One step of lif_loop; its state is the membrane v. fired [B, N]: who spikes, whatever h."""
     h = v + (x_t - v) / tau
-    s = spike(h - 1.0, surrogate, alpha)
+    s = _fire(h - 1.0, surrogate, alpha, fired)
     return Step(s, h, h * (1 - s.detach()))
 
 
@@ -221,12 +230,13 @@ def cuba_lif_step(
     membrane_decay: float = 0.5,
     surrogate: str = "atan",
     alpha: float = 2.0,
+    fired: Tensor | None = None,
 ) -> Step:
-    """One step of cuba_lif_loop; its state is (current, membrane, spikes)."""
+    """One step of cuba_lif_loop; its state is (current, membrane, spikes). fired: as lif_step."""
     j, v, s = state
     j = torch.add(x_t + F.linear(s, weight, bias), j, alpha=current_decay)
     h = membrane_decay * v + (1 - membrane_decay) * j
-    s = spike(h - 1.0, surrogate, alpha)
+    s = _fire(h - 1.0, surrogate, alpha, fired)
     return Step(s, h, (j, h * (1 - s.detach()), s))
 
 

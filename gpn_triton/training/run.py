@@ -136,7 +136,7 @@ class Run:
         for k, layer in enumerate(found, 1):
             how = f"{layer['backend']} {layer['strategy'] or ''}".strip()
             self.world.say(f"layer {k}, {cfg.hidden[k - 1]} {cfg.neuron}: {how}, {layer['reason']}")
-        unasked = NEURONS[cfg.neuron].is_gpn and cfg.backend == "auto"
+        unasked = NEURONS[cfg.neuron].compiles_first and cfg.backend == "auto"
         if unasked and self.device.type == "cuda" and found[0]["backend"] == "torch":
             why = f"warning: {self.device} without kernels: {found[0]['reason']}"
             self.world.say(why, matters=True)
