@@ -72,7 +72,7 @@ def operations(monkeypatch, hidden, classes, init):
     net.amp, net.x = torch.bfloat16, torch.zeros(T, 8, 700, dtype=torch.bfloat16)
     feed, mode = resident(store()), Operations()
     net.start_epoch(feed, 0, 0)
-    monkeypatch.setattr(gpn_backward, "_float32_product", _product)
+    monkeypatch.setattr(gpn_backward, "float32_product", _product)
     monkeypatch.setattr(
         KernelInterface, "__getitem__",
         lambda kernel, grid: lambda *_, **__: mode.found.append(kernel.fn.__name__),
