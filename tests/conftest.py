@@ -35,6 +35,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Read files without a process of its own, where only their contents are the subject."""
+    from gpn_triton.data.sources import hdf5, hdf5_reader
+
+    def run(path, *flags):
+        try:
+            return hdf5_reader.read_layout(str(path), not flags, "--largest-unit" in flags)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    monkeypatch.setattr(hdf5, "_run_reader", run)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -137,7 +137,7 @@ def test_datasets_of_tonics_become_stores_in_seconds():
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_file_keeps_channels_sensor_and_whether_there_are_labels(tmp_path, labelled):
+def test_a_file_keeps_channels_sensor_and_whether_there_are_labels(tmp_path, in_process, labelled):
     places, times = dvs()
     labels = [0, 1] * 3 if labelled else None
     store = EventStore.from_arrays([t / 1e6 for t in times], places, labels, sensor_size=SIZE)
@@ -166,7 +166,7 @@ def test_a_file_that_does_not_say_has_the_channels_of_its_units_or_of_shd(
         assert read_about(path, largest_unit=True).largest_unit == largest
 
 
-def test_files_of_one_set_have_the_channels_that_one_says_or_the_most(tmp_path):
+def test_files_of_one_set_have_the_channels_that_one_says_or_the_most(tmp_path, in_process):
     silent = write_layout(tmp_path / "silent.h5")
     said, other = (
         write_layout(tmp_path / f"{n}.h5", attributes={"num_channels": n}) for n in (800, 900)
@@ -215,7 +215,7 @@ def write_csv(path, places, times):
     return path
 
 
-def test_tables_frames_and_files_in_other_units_are_converted(tmp_path, capsys):
+def test_tables_frames_and_files_in_other_units_are_converted(tmp_path, capsys, in_process):
     places, times = dvs(seed=3)
     assert min(map(len, times)) > 0
     expected = EventStore.from_arrays(
@@ -264,7 +264,7 @@ def test_a_table_that_does_not_fit_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out.h5").exists()
 
 
-def test_info_tells_what_is_in_a_file_and_check_all_that_is_wrong(tmp_path, capsys):
+def test_info_tells_what_is_in_a_file_and_check_all_that_is_wrong(tmp_path, capsys, in_process):
     path = tmp_path / "a.h5"
     write_events(path, make_store(channels=16))
     assert main(["info", str(path)]) == 0
@@ -301,7 +301,7 @@ def test_the_layout_is_explained_in_the_help(capsys):
     assert "spikes/units    [S] rows" in text and "num_channels" in text
 
 
-def test_the_guides_code_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+def test_the_guides_code_runs_as_it_stands(tmp_path, monkeypatch, capsys, in_process):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL):

@@ -41,19 +41,6 @@ def write_layout(
     return path
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Read without a process of its own, where only the file's contents are the subject."""
-
-    def run(path):
-        try:
-            return hdf5_reader.read_layout(str(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    monkeypatch.setattr(hdf5, "_run_reader", run)
-
-
 def assert_same(a, b):
     for field in dataclasses.fields(a):
         one, other = getattr(a, field.name), getattr(b, field.name)
