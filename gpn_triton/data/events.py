@@ -102,7 +102,7 @@ class EventStore:
             speakers=None if speakers is None else _numbered(speakers),
             num_channels=num_channels,
             class_names=names,
-            sensor_size=None if sensor_size is None else tuple(map(int, sensor_size)),
+            sensor_size=None if sensor_size is None else _size(sensor_size),
         ).validate("arrays")
 
     @classmethod
@@ -131,7 +131,7 @@ class EventStore:
             )
         if not bin_seconds > 0:
             raise ValueError(f"bin_seconds: expected more than 0, got {bin_seconds!r}")
-        sensor_size = None if counts.ndim == 3 else counts.shape[:1:-1]
+        sensor_size = None if counts.ndim == 3 else _size(counts.shape[:1:-1])
         counts = counts.reshape(*counts.shape[:2], -1)
         whole = counts.astype(np.int64)
         if (whole < 0).any() or (whole != counts).any():
@@ -184,7 +184,7 @@ class EventStore:
         if speakers is not None and len(speakers) != len(labels):
             speakers = None
         # sets of sounds are sensors of one row
-        image = tuple(map(int, size)) if size[1] > 1 else None
+        image = _size(size) if size[1] > 1 else None
         if image is None:
             units = [sensor_units(rows, size) for rows in units]
         return cls.from_arrays(
@@ -267,7 +267,7 @@ class EventStore:
         for array in (self.times, self.units, self.offsets, self.labels, self.speakers):
             if array is not None:
                 digest.update(f"{array.dtype}{array.shape}".encode())
-                digest.update(np.ascontiguousarray(array).view(np.uint8))
+                digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -357,13 +357,18 @@ def _sample(
         raise ValueError(f"units: sample {k}: expected {expected}, got {list(units.shape)}")
     if units.size and units.dtype.kind not in "iub":
         raise ValueError(f"units: sample {k}: expected whole numbers, got {units.dtype}")
-    if units.ndim == 2:
+    if units.ndim == 2 and sensor_size is not None:
         try:
             units = sensor_units(units, sensor_size)
         except ValueError as error:
             raise ValueError(f"units: sample {k}: {error}") from None
     order = np.argsort(times, kind="stable")
     return times[order], units.astype(np.int64)[order]
+
+
+def _size(sensor_size: Sequence[int]) -> tuple[int, int, int]:
+    width, height, polarities = map(int, sensor_size)
+    return width, height, polarities
 
 
 def _top(values: np.ndarray) -> int:
@@ -378,31 +383,31 @@ def _classes(
     names = None if class_names is None else tuple(map(str, class_names))
     if labels is None:
         return np.full(samples, UNKNOWN, np.int64), names or ()
-    labels = np.asarray(labels)
-    if labels.shape != (samples,):
-        raise ValueError(f"labels: expected [{samples}], got {list(labels.shape)}")
-    if labels.dtype.kind in "iu":
-        top = _top(labels)
+    given = np.asarray(labels)
+    if given.shape != (samples,):
+        raise ValueError(f"labels: expected [{samples}], got {list(given.shape)}")
+    if given.dtype.kind in "iu":
+        top = _top(given)
         if names is None and top >= MAX_CHANNELS:
             raise ValueError(f"labels: expected class_names beside labels of up to {top}")
-        return labels.astype(np.int64), names or tuple(map(str, range(top + 1)))
-    if labels.dtype.kind not in "USO":
-        raise ValueError(f"labels: expected whole numbers or names, got {labels.dtype}")
-    given = [v.decode() if isinstance(v, bytes) else str(v) for v in labels]
-    names = tuple(sorted(set(given))) if names is None else names
+        return given.astype(np.int64), names or tuple(map(str, range(top + 1)))
+    if given.dtype.kind not in "USO":
+        raise ValueError(f"labels: expected whole numbers or names, got {given.dtype}")
+    words = [v.decode() if isinstance(v, bytes) else str(v) for v in given]
+    names = tuple(sorted(set(words))) if names is None else names
     places = {name: k for k, name in enumerate(names)}
-    for name in given:
+    for name in words:
         if name not in places:
             raise ValueError(f"labels: expected one of class_names, got {name!r}")
-    return np.array([places[name] for name in given], np.int64), names
+    return np.array([places[name] for name in words], np.int64), names
 
 
 def _numbered(speakers: Sequence[Any]) -> np.ndarray:
     """Speakers as int32: their numbers, or places in alphabetical order."""
-    speakers = np.asarray(speakers)
-    if speakers.dtype.kind in "iu" and (speakers.astype(np.int32) == speakers).all():
-        return speakers.astype(np.int32)
-    return np.unique(speakers, return_inverse=True)[1].astype(np.int32)
+    given = np.asarray(speakers)
+    if given.dtype.kind in "iu" and (given.astype(np.int32) == given).all():
+        return given.astype(np.int32)
+    return np.unique(given, return_inverse=True)[1].astype(np.int32)
 
 
 def check_range(

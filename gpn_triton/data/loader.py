@@ -53,7 +53,7 @@ class EventDataset(Dataset):
             raise IndexError(f"index: expected one of {len(self)} samples, got {index}")
         return self.__getitems__([index % len(self)])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> list[tuple[Tensor, Tensor]]:
         """As __getitem__, of several samples, which are binned at once; a DataLoader asks so."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         # the kernels' threads would not outlive the fork of a worker

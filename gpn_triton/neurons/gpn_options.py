@@ -22,6 +22,13 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
+def check_size(name: str, value: object) -> int:
+    """A number of neurons, inputs or layers; ValueError, with its name, for what is none."""
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value!r}")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class GPNOptions:
     """What gpn() takes beside tensors; it refuses values that do not fit when it is made.

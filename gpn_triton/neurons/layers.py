@@ -9,10 +9,9 @@ lengths of their own, packed or padded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from gpn_triton.machine.device import BACKENDS
 from gpn_triton.neurons import reference
 from gpn_triton.neurons.checks import check_fits, check_sequence
 from gpn_triton.neurons.gpn import gpn_packed
-from gpn_triton.neurons.gpn_options import GPNOptions, check_choice
+from gpn_triton.neurons.gpn_options import GPNOptions, check_choice, check_size
 from gpn_triton.neurons.lif import cuba_lif, lif
 from gpn_triton.neurons.sequences import run_layers, time_first
 from gpn_triton.neurons.spike_linear import PackedPair, SpikeLinear, Spikes
@@ -68,6 +67,9 @@ class GPN(nn.Module):
     Source: arXiv 2412.01087; the paper's start is that of the authors' Linear(2 N, G N).
     """
 
+    layers: nn.ModuleList | None
+    input: SpikeLinear | None
+
     def __init__(
         self,
         input_size: int | None = None,
@@ -92,16 +94,13 @@ class GPN(nn.Module):
         if hidden_size is None:
             # GPN(N)
             input_size, hidden_size = None, input_size
-        for name, size in (
-            ("hidden_size", hidden_size), ("input_size", input_size), ("num_layers", num_layers)
-        ):  # fmt: skip
-            optional = name == "input_size" and size is None
-            if not optional and (not isinstance(size, Integral) or size < 1):
-                raise ValueError(f"{name}: expected at least 1, got {size!r}")
+        N = check_size("hidden_size", hidden_size)
+        C = None if input_size is None else check_size("input_size", input_size)
+        num_layers = check_size("num_layers", num_layers)
         check_time_constants(time_constants)
         if dropout and num_layers == 1:
             raise ValueError(f"dropout: has no effect with one layer, expected 0, got {dropout}")
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.input_size, self.hidden_size, self.num_layers = C, N, num_layers
         self.batch_first, self.bidirectional = batch_first, bidirectional
         self.time_constants = time_constants
         self.options = GPNOptions(variant, surrogate, alpha, backend, checkpoint_every, output)
@@ -157,7 +156,7 @@ class GPN(nn.Module):
         the range, the weights of f and i are small, and the bypass is 0.
         """
         if self.layers is not None:
-            for layer in self.layers:
+            for layer in cast("Iterable[GPN]", self.layers):
                 layer.reset_parameters()
             return
         if self.input is not None:
@@ -237,7 +236,8 @@ class GPN(nn.Module):
         self, x: Tensor | Spikes, v0: Tensor | None, v_reset: Tensor | None, lengths: Tensor | None
     ) -> PackedPair:
         """As forward, of one layer alone and x [T, B, C] alone; x may be another layer's Spikes."""
-        current = x if self.input is None else self.input(x)
+        given = x if self.input is None else self.input(x)
+        current = given if isinstance(given, Tensor) else given.dense()
         if v_reset is None:
             v_reset = self.draw(current.shape[1], current)
         weights = self.weight_x, self.weight_v, self.bias

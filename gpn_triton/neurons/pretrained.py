@@ -16,7 +16,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -46,10 +46,15 @@ class Pretrained(nn.Module):
     """A network that can be kept in a folder.
 
     Attributes:
-        arguments: what it was made with, by name.
+        arguments: what it was made with, by name. neuron, inputs, neurons, output: as
+            SpikingClassifier's.
     """
 
     arguments: dict[str, Any]
+    neuron: str
+    inputs: nn.ModuleList
+    neurons: nn.ModuleList
+    output: nn.Linear
 
     def save_pretrained(
         self, folder: str | os.PathLike, about: Mapping[str, Any] | None = None
@@ -155,7 +160,7 @@ class Pretrained(nn.Module):
                 f"missing: {', '.join(odd[:4]) or 'fc1.weight'}"
             )
         linears = [tensors[f"fc{k}.weight"] for k in range(1, layers + 2)]
-        network = cls(
+        network: Any = cls(
             hidden=[len(w) for w in linears[:-1]], neuron=neuron, inputs=linears[0].shape[1],
             classes=len(linears[-1]), dropout=dropout,
         )  # fmt: skip
@@ -179,7 +184,7 @@ class Pretrained(nn.Module):
         quiet = any(name.endswith(".gain") for name in tensors) or None
         try:
             # the constants of a start that the weights replace
-            network = cls(**arguments, time_constants=quiet and (1.0, 1.0))
+            network: Any = cls(**arguments, time_constants=quiet and (1.0, 1.0))
             network.load_state_dict(tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
@@ -212,9 +217,11 @@ def authors_weights(model: Pretrained) -> dict[str, Tensor]:
                 weight, bias = neuron.authors_weights()
                 tensors |= {f"sn{k}.ln.weight": weight, f"sn{k}.ln.bias": bias}
         # a Linear that normalises its current is a Linear
-        normalises = isinstance(linear, SpikeLinear)
-        weight, bias = linear.folded() if normalises else (linear.weight, linear.bias)
-        tensors |= {f"fc{k}.weight": weight.detach(), f"fc{k}.bias": bias.detach()}
+        plain = cast(nn.Linear, linear)
+        parameters = plain.weight, plain.bias
+        weight, bias = linear.folded() if isinstance(linear, SpikeLinear) else parameters
+        both = {f"fc{k}.weight": weight, f"fc{k}.bias": bias}
+        tensors |= {name: t.detach() for name, t in both.items() if t is not None}
     return tensors
 
 

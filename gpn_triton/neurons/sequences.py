@@ -30,7 +30,7 @@ class Layout(NamedTuple):
         """Whether they came time first in a batch."""
         return self == Layout()
 
-    def state(self, state: object) -> object:
+    def state(self, state: Tensor | None) -> Tensor | None:
         """A caller's state with a batch: [..., N] alone is [..., 1, N]."""
         return state.unsqueeze(-2) if self.alone and isinstance(state, Tensor) else state
 
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 
 def time_first(
-    x: object, lengths: Tensor | None, batch_first: bool, size: int, letter: str
+    x: Tensor | PackedSequence, lengths: Tensor | None, batch_first: bool, size: int, letter: str
 ) -> tuple[Tensor, Tensor | None, Layout]:
     """Sequences as a layer computes them.
 
@@ -114,26 +114,27 @@ def run_layers(
     """
     states = (_each(name, s, layers, x) for name, s in (("v0", v0), ("v_reset", v_reset)))
     parts, finals = list(zip(layers, *states, strict=True)), []
+    seen: Tensor | Spikes = x
     for first in range(0, len(parts), directions):
         outputs = []
         for backwards, (layer, *given) in enumerate(parts[first : first + directions]):
             if backwards:
-                dense = x if isinstance(x, Tensor) else x.dense()
+                dense = seen if isinstance(seen, Tensor) else seen.dense()
                 spikes, v = layer.run(reversed_in_time(dense, lengths), *given, lengths)
                 result = PackedPair(
                     reversed_in_time(spikes, lengths) if spikes.ndim == 3 else spikes, v
                 )
             else:
-                result = layer.run(x, *given, lengths)
+                result = layer.run(seen, *given, lengths)
             outputs.append(result)
             finals.append(result[1])
         one, *other = outputs
         values = torch.cat([one[0], other[0][0]], -1) if other else one[0]
         if first + directions < len(parts):
-            mask = draw(*values.shape[1:], values)
+            mask = draw(values.shape[1], values.shape[2], values)
             # two layers' spikes side by side have no bits in common
             packed = (None, None) if other else (one.bits, one.version)
-            x = Spikes(values, packed[0], mask, packed[1])
+            seen = Spikes(values, packed[0], mask, packed[1])
     return PackedPair(values, torch.stack(finals))
 
 

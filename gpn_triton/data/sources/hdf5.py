@@ -243,21 +243,22 @@ def _parse(path: Path, num_channels: int | None, labelled: bool) -> tuple[EventS
     said = about["num_channels"]
     if None not in (said, num_channels) and said != num_channels:
         raise ValueError(f"{path}: the file says {said} channels, expected {num_channels}")
-    if num_channels is None:
+    channels = num_channels or said
+    if channels is None:
         largest = min(int(units.max(initial=0)), MAX_CHANNELS - 1)
-        num_channels = said or likely_channels(max(largest, 0))
+        channels = likely_channels(max(largest, 0))
     samples = len(arrays["lengths"])
     offsets = np.zeros(samples + 1, np.int64)
     np.cumsum(arrays["lengths"], out=offsets[1:])
     check_range(f"{path}: spikes/times", times, MAX_SECONDS, "seconds", offsets)
-    check_range(f"{path}: spikes/units", units, num_channels - 1, offsets=offsets)
+    check_range(f"{path}: spikes/units", units, channels - 1, offsets=offsets)
     store = EventStore(
         times=times.astype(np.float32),
         units=units.astype(np.uint16, copy=False),
         offsets=offsets,
         labels=np.full(samples, UNKNOWN, np.int64) if labels is None else labels.astype(np.int64),
         speakers=arrays.get("speakers"),
-        num_channels=num_channels,
+        num_channels=channels,
         class_names=names,
         sensor_size=_size(about),
     )
