@@ -170,7 +170,7 @@ def _subjects(
     for run in args.runs:
         trained = run_folder.load_run(run)
         samples = run_samples(trained, args.file, args.samples, T)
-        x, labels = torch.cat(samples.batches, 1), torch.cat(samples.labels)
+        x, labels = torch.cat([*samples.batches], 1), torch.cat(samples.labels)
         kept = run_folder.kept_weights(run)
         for epoch in kept if args.epochs is None else args.epochs:
             if epoch not in kept:
@@ -187,7 +187,7 @@ def _subjects(
     else:
         store = synthetic_events(args.samples, range(8), 0)
     samples = bin_samples(TrainConfig(time_bins=T), store, args.samples)
-    x, labels = torch.cat(samples.batches, 1), torch.cat(samples.labels)
+    x, labels = torch.cat([*samples.batches], 1), torch.cat(samples.labels)
     for name, N, L in itertools.product(args.neuron, args.width, args.depth):
         gradients.check_stepwise(name)
         torch.manual_seed(args.seed)
@@ -201,8 +201,7 @@ def _parameters(args: argparse.Namespace) -> None:
     model = trained.model
     spreads_of.check_gated(model)
     samples = run_samples(trained, args.file)
-    if not 0 <= args.sample < len(samples.store):
-        raise ValueError(f"sample: expected 0..{len(samples.store) - 1}, got {args.sample}")
+    sample = samples.sample(args.sample)
     spreads = spreads_of.spread(model, samples.batches)
     cfg, out = trained.config, _out(args, "parameters")
     bin_ms = 1000 * cfg.max_time / cfg.time_bins
@@ -233,9 +232,7 @@ def _parameters(args: argparse.Namespace) -> None:
                          f"{of.unit} span {of.high / of.low:.2f}")  # fmt: skip
     write_csv(out / "parameters.csv", ["layer", "gate", "neuron", "mean"], rows)
     pictures.draw_spreads(out / "parameters.png", spreads)
-    batch, row = divmod(args.sample, cfg.batch_size)
-    traces = spreads_of.trace(model, samples.batches[batch][:, row : row + 1])
-    pictures.draw_traces(out / "traces.png", traces)
+    pictures.draw_traces(out / "traces.png", spreads_of.trace(model, sample))
     titles = ("layer, gate", "5 %", "neurons' median", "95 %", "variance", "between neurons",
               "between samples", "over time")  # fmt: skip
     print(markdown(titles, table) + "\n".join(lines))

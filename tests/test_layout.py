@@ -38,12 +38,12 @@ ROOMS = {
     ),
     "audio": ("ear encoding picture recordings reference", "data machine kernels"),
     "analysis": (
-        "distributions energy gradients grid heterogeneity pictures replay report subject table "
-        "tasks",
+        "answers distributions energy gradients grid heterogeneity page pictures plots record "
+        "replay report sample_plot subject table tasks",
         "training data neurons machine",
     ),
     "commands": (
-        "analyze data.__main__ encode export predict reproduce train",
+        "analyze data.__main__ encode export predict report reproduce train",
         "analysis training audio data neurons machine",
     ),
 }

@@ -137,7 +137,10 @@ def percentiles(values: Tensor) -> list[float]:
 
 @dataclass(frozen=True)
 class Trace:
-    """One sample through one layer: every field [T, N]; gates by name."""
+    """One sample through one layer: every field [T, N]; gates by name, none where it has none.
+
+    Of a neuron that does not spike, spikes are its output.
+    """
 
     spikes: Tensor
     h: Tensor
@@ -147,8 +150,8 @@ class Trace:
 @torch.no_grad()
 def trace(model: SpikingClassifier, x: Tensor) -> list[Trace]:
     """What one sample x [T, 1, C] does in every layer."""
-    check_gated(model)
-    names, steps = gates_of(model), [[] for _ in model.neurons]
+    names = gates_of(model) if hasattr(model.neurons[0], "gates") else []
+    steps: list[list[Seen]] = [[] for _ in model.neurons]
     replay(model, x, lambda layer, t, seen: steps[layer].append(seen))
 
     return [

@@ -1,8 +1,9 @@
-"""What an analysis looks at: trained runs, and counts of samples."""
+"""What an analysis looks at: trained runs, and their samples."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpn_triton.data.binning import bin_batch
+from gpn_triton.data.binning import BinningConfig, batch_input
 from gpn_triton.data.datasets import DataSource, Splits, load_splits
-from gpn_triton.data.events import DeviceEvents, EventStore
+from gpn_triton.data.dense import DenseStore
+from gpn_triton.data.events import EventStore
 from gpn_triton.data.sources.hdf5 import read_events
 from gpn_triton.training import run_folder
 from gpn_triton.training.build import build_binning
@@ -20,13 +22,36 @@ from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.run_folder import TrainedRun
 
 
+class Batches(Sequence[Tensor]):
+    """Inputs [T, B, C] of a store's samples, made anew each time one is asked for."""
+
+    def __init__(self, store: EventStore | DenseStore, parts: Sequence[Tensor], how: BinningConfig):
+        self._samples, self._parts, self._how = store.on("cpu"), parts, how
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, k):
+        return self.of(self._parts[k])
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """The inputs of samples of these numbers [B] int64."""
+        return batch_input(self._samples, numbers, self._how, None, None, sparse=False)
+
+
 @dataclass(frozen=True)
 class Samples:
-    """Counts and labels, batch by batch, and what the samples are."""
+    """Inputs and labels, batch by batch, and what the samples are."""
 
-    batches: list[Tensor]
+    batches: Batches
     labels: list[Tensor]
-    store: EventStore
+    store: EventStore | DenseStore
+
+    def sample(self, k: int) -> Tensor:
+        """Sample k alone, [T, 1, C]; ValueError where there is none."""
+        if not 0 <= k < len(self.store):
+            raise ValueError(f"sample: expected 0..{len(self.store) - 1}, got {k}")
+        return self.batches.of(torch.tensor([k]))
 
     def accuracy(self, logits: list[Tensor]) -> float:
         """The share of right answers, 0..1."""
@@ -46,9 +71,9 @@ def load_data(cfg: TrainConfig) -> Splits:
     return splits
 
 
-def check_store(store: EventStore, name: str) -> None:
+def check_store(store: EventStore | DenseStore, name: str) -> None:
     """Raise ValueError unless there are events, and samples of at least two classes."""
-    if not len(store.times):
+    if isinstance(store, EventStore) and not len(store.times):
         raise ValueError(f"{name}: expected events, got {len(store)} samples without any")
     if len(np.unique(store.labels)) < 2:
         raise ValueError(f"{name}: expected samples of at least 2 classes, got 1")
@@ -70,7 +95,8 @@ def run_samples(
     else:
         store = read_events(file, num_channels=trained.num_channels, use_cache=False)
         check_store(store, file)
-    if int(store.labels.max()) >= len(trained.class_names):
+    learns_number = store.labels.dtype.kind == "f"
+    if not learns_number and int(store.labels.max()) >= len(trained.class_names):
         raise ValueError(
             f"{file}: expected the run's {len(trained.class_names)} classes, got label "
             f"{store.labels.max()}"
@@ -79,18 +105,18 @@ def run_samples(
 
 
 def bin_samples(
-    cfg: TrainConfig, store: EventStore, most: int | None = None, time_bins: int | None = None
-) -> Samples:
-    """A store's samples as counts, as a configuration bins them; the rest as run_samples."""
+    cfg: TrainConfig, store: EventStore | DenseStore, most: int | None = None,
+    time_bins: int | None = None,
+) -> Samples:  # fmt: skip
+    """A store's samples as a configuration bins them; the rest as run_samples."""
     binning = dataclasses.replace(build_binning(cfg), dtype=torch.float32)
     if time_bins is not None:
         binning = dataclasses.replace(binning, time_bins=time_bins)
     if most is not None:
         store = store.subset(np.arange(min(most, len(store))))
-    events = DeviceEvents(store)
+    labels = torch.from_numpy(store.labels).split(cfg.batch_size)
     parts = torch.arange(len(store)).split(cfg.batch_size)
-    batches = [bin_batch(events, part, binning) for part in parts]
-    return Samples(batches, [events.labels[part] for part in parts], store)
+    return Samples(Batches(store, parts, binning), list(labels), store)
 
 
 def label_of(run: str | Path) -> str:

@@ -1,7 +1,6 @@
 """What a configuration asks for, from its data to its summary: one run a seed, or their test."""
 
 import dataclasses
-import json
 import os
 import statistics
 from pathlib import Path
@@ -123,13 +122,9 @@ def train_seeds(
     world.barrier()
     results = []
     for place, (seed, folder) in enumerate(zip(cfg.seed, folders, strict=True), 1):
-        path = folder / run_folder.RESULT
-        if path.exists():
+        if (finished := run_folder.read_result(folder, "resume")) is not None:
             world.say(f"{folder} is finished")
-            try:
-                results.append(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise ValueError(f"resume: {path} cannot be read: {error}") from None
+            results.append(finished)
             continue
         if several:
             world.say(f"seed {seed}")

@@ -217,24 +217,49 @@ def read_seed_options(run: str | Path, argument: str = "run") -> dict[str, Any]:
     return read_options(run.parent if of_seed else run, argument)
 
 
-def read_metrics(run: str | Path, epochs: int, layers: int) -> tuple[dict[str, Any], list[Epoch]]:
+def read_metrics(
+    run: str | Path, epochs: int | None, layers: int, argument: str = "resume"
+) -> tuple[dict[str, Any], list[Epoch]]:
     """The header and the first lines of a run's metrics.jsonl.
 
     Args:
-        run: the folder. epochs: lines to read. layers: hidden layers, each with its activity.
+        run: the folder. epochs: lines to read; None: all. layers: hidden layers, each with its
+            activity. argument: what named the run, for errors.
     Raises:
         ValueError: the file cannot be read, or a line lacks a number.
     """
     path = Path(run, METRICS)
     try:
         text = path.read_text(encoding="utf-8")
-        header, *lines = [json.loads(line) for line in text.splitlines()[: 1 + epochs]]
+        written = text.splitlines()
+        epochs = len(written) - 1 if epochs is None else epochs
+        header, *lines = [json.loads(line) for line in written[: 1 + epochs]]
         found = [Epoch(**line) for line in lines]
         if len(found) != epochs or not all(line.fits(layers) for line in found):
             raise ValueError(f"expected {epochs} epochs of {layers} layers")
         return {"device": None, "commit": None} | header, found
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"resume: {path} cannot be read: {error}") from None
+        raise ValueError(f"{argument}: {path} cannot be read: {error}") from None
+
+
+def read_result(run: str | Path, argument: str) -> dict[str, Any] | None:
+    """What result.json says; None where the run is not finished.
+
+    Args:
+        run: the folder. argument: what named the run, for errors.
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = Path(run, RESULT)
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: {path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{argument}: {path} cannot be read: expected an object")
+    return found
 
 
 def start_from(run: str, cfg: TrainConfig, model: SpikingClassifier, classes: Sequence[str]) -> str:
