@@ -7,7 +7,7 @@ OLDEST = .venv-oldest
 COMPAT = kernels_interpreted kernels_binning kernels_offline kernels_cpu gpn reference lif \
 	spike_linear event_linear engine clients bench
 
-.PHONY: train test compat lint format bench gpu clean
+.PHONY: train test compat lint types format bench gpu clean
 
 train: $(READY)
 	$(RUN) -m gpn_triton.train --amp $(ARGS)
@@ -24,6 +24,9 @@ compat: $(OLDEST)/.ready
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

@@ -77,8 +77,8 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
     return written
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+def build_parser() -> Parser:
+    """The command's parser."""
     parser = Parser(
         prog="python -m gpn_triton.export",
         description="Write a run's network as safetensors and JSON, and for GPN networks in the "
@@ -87,9 +87,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="The run's folder (RUN/seed-K of several).")
     about = "Names the folder to write into (default: RUN/export)."
     parser.add_argument("--out", metavar="DIR", help=about)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
     try:
         interrupt.started()
-        args = parser.parse_args(argv)
+        args = build_parser().parse_args(argv)
         print(*export(args.run, args.out or Path(args.run, "export")), sep="\n")
         return 0
     except KeyboardInterrupt:

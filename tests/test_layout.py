@@ -43,7 +43,7 @@ ROOMS = {
         "training data neurons machine",
     ),
     "commands": (
-        "analyze data.__main__ encode export predict report reproduce train",
+        "__main__ analyze data.__main__ encode export predict report reproduce train",
         "analysis training audio data neurons machine",
     ),
 }

@@ -6,6 +6,7 @@ import resource
 import statistics
 import timeit
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -127,7 +128,14 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     return any(features.get(name) for name in HALF_UNITS[dtype])
 
 
-def kernel_limits() -> dict[str, int]:
+class KernelLimits(TypedDict, total=False):
+    """Arguments of tiles.choose: a GPU's multiprocessors and a block's shared memory at most."""
+
+    sm_count: int
+    shared_bytes: int
+
+
+def kernel_limits() -> KernelLimits:
     """What tiles.choose asks about the current GPU."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {

@@ -20,6 +20,8 @@ def started() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# this is what python -m calls a program while it imports the package that holds it
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# what a program is called while it imports the package that holds it: by python -m, and by the
+# script of an installation
+_importing = os.path.basename("".join(sys.argv[:1])) in ("-m", "gpn-triton")
+if _importing and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)

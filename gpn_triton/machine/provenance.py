@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,9 @@ def _commit() -> str | None:
 
 
 def _version(name: str) -> str | None:
+    # not at the head, since importing the package shall take no time
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

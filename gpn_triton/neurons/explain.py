@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from gpn_triton.neurons import cost
 from gpn_triton.neurons.gpn_options import GPNOptions
 from gpn_triton.neurons.layers import GPN, LIF, CubaLIF
 from gpn_triton.neurons.reference import GATES
+
+if TYPE_CHECKING:
+    from gpn_triton.kernels.tiles import Plan
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Explanation:
 
     target: str
     here: bool
-    plan: object
+    plan: Plan
     kernels: list | None
     why_not_compiled: str
     forward_gflop: float
@@ -102,8 +105,9 @@ def explain(
 
     from gpn_triton.kernels import offline, tiles
 
-    gates, every, mean = GATES[variant], options.every, output == "mean"
-    target, capability, limits, here = "an H200", 90, {}, torch.cuda.is_available()
+    gates, every, mean = GATES[variant], options.every or 1, output == "mean"
+    limits: device.KernelLimits = {}
+    target, capability, here = "an H200", 90, torch.cuda.is_available()
     if here:
         major, minor = torch.cuda.get_device_capability()
         target, capability = torch.cuda.get_device_name(), major * 10 + minor

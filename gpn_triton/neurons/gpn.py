@@ -125,14 +125,14 @@ def gpn_packed(
         v_reset = torch.zeros(B, N, dtype=state, device=x.device)
     v_reset = v_reset.detach().to(state)
     v0 = v_reset if v0 is None else v0.to(state)
-    weights = [w if w is None else w.to(state) for w in weights]
-    if beyond_operators(x, *weights, v0):
-        return *_loop(x, weights, v_reset, v0, options, lengths), None
-    needs_grad, keeps_bits = saves_for_backward(x, *weights, v0)
+    w_x, w_v, bias = (w if w is None else w.to(state) for w in weights)
+    if beyond_operators(x, w_x, w_v, bias, v0):
+        return *_loop(x, (w_x, w_v, bias), v_reset, v0, options, lengths), None
+    needs_grad, keeps_bits = saves_for_backward(x, w_x, w_v, bias, v0)
     if not torch.compiler.is_compiling():
         cost.tell_flop_counter()
     out, v_final, _, bits = _recurrence(
-        x, *weights, v_reset, v0, lengths, *options.flat(save=needs_grad)
+        x, w_x, w_v, bias, v_reset, v0, lengths, *options.flat(save=needs_grad)
     )
     return out, v_final, bits if keeps_bits else None
 
@@ -152,9 +152,9 @@ def _check(name: str, tensor: Tensor | None, shape: list[int] | None, x: Tensor,
 
 
 def _loop(
-    x: Tensor, weights: list, v_reset: Tensor, v0: Tensor, options: GPNOptions,
-    lengths: Tensor | None,
-):  # fmt: skip
+    x: Tensor, weights: tuple[Tensor | None, Tensor | None, Tensor | None], v_reset: Tensor,
+    v0: Tensor, options: GPNOptions, lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator's spikes or their mean and v_final, by the loop that defines them."""
     if options.backend in ("triton", "cpu"):
         raise RuntimeError(
@@ -162,8 +162,9 @@ def _loop(
             "for torch.func; with backend='auto' the loop of reference.py runs here"
         )
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        w_x, w_v, bias = weights
         spikes, v_final = gpn_loop(
-            x.to(v0.dtype), *weights, v_reset, v0, options.variant, options.surrogate,
+            x.to(v0.dtype), w_x, w_v, bias, v_reset, v0, options.variant, options.surrogate,
             options.alpha, lengths=lengths,
         )  # fmt: skip
     if options.output == "mean":
@@ -184,9 +185,12 @@ def _plan(x: Tensor, variant: str, every: int):
     """tiles.choose for x, whose device is current."""
     from gpn_triton.kernels import tiles
 
-    limits = device.kernel_limits() if x.is_cuda else {}
+    limits: device.KernelLimits = {}
+    if x.is_cuda:
+        limits = device.kernel_limits()
+    T, B, N = x.shape
     return tiles.choose(
-        *x.shape, x.dtype, GATES[variant], every, device.float32_precision(), **limits
+        T, B, N, x.dtype, GATES[variant], every, device.float32_precision(), **limits
     )
 
 
@@ -274,8 +278,8 @@ def _recurrence_backward(
             with torch.cuda.device_of(x):
                 plan = _plan(x, variant, every)
                 gradients = gpn_backward(*arguments, GATES[variant], *options, plan, lengths)
-    g_x, *g_weights, g_v0 = gradients
-    return g_x, *(v_reset.new_empty(0) if g is None else g for g in g_weights), g_v0
+    g_x, g_w_x, g_w_v, g_bias, g_v0 = (v_reset.new_empty(0) if g is None else g for g in gradients)
+    return g_x, g_w_x, g_w_v, g_bias, g_v0
 
 
 @_recurrence_backward.register_fake

@@ -69,6 +69,6 @@ class GPNOptions:
     def flat(self, save: bool) -> tuple[str, str, float, str, int, bool]:
         """The operator's own arguments, which torch wants flat: variant, surrogate, alpha, backend,
         every (0 where nothing is saved for backward) and whether the output is the mean."""
-        every = self.every if save else 0
+        every = (self.every or 1) if save else 0
         mean = self.output == "mean"
         return self.variant, self.surrogate, float(self.alpha), self.backend, every, mean

@@ -69,6 +69,10 @@ class GPN(nn.Module):
 
     layers: nn.ModuleList | None
     input: SpikeLinear | None
+    # None of a variant without gates; torch's own modules declare such parameters so
+    weight_x: Tensor
+    weight_v: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -324,6 +328,9 @@ def check_time_constants(time_constants: tuple[float, float] | None) -> None:
 class LIF(nn.Module):
     """Leaky integrate-and-fire: time constant tau in bins, threshold 1, hard reset to 0."""
 
+    # None where tau is fixed; torch's own modules declare such parameters so
+    w: Tensor
+
     def __init__(
         self, hidden_size: int, tau: float = 2.0, learn_tau: bool = False, backend: str = "auto"
     ):
@@ -374,14 +381,16 @@ class CubaLIF(nn.Module):
         check_sequence(x, self.hidden_size)
         check_fits(x, self.recurrent.weight)
         weights = self.recurrent.weight, self.recurrent.bias
-        spikes, state, bits = cuba_lif(x, *weights, state, backend=self.backend)
-        return PackedPair(spikes, state).carry(bits)
+        spikes, last, bits = cuba_lif(x, *weights, state, backend=self.backend)
+        return PackedPair(spikes, last).carry(bits)
 
     def step(
         self, x_t: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> reference.Step:
         """One step of x_t [B, N]."""
-        state = (torch.zeros_like(x_t),) * 3 if state is None else state
+        if state is None:
+            rest = torch.zeros_like(x_t)
+            state = rest, rest, rest
         return reference.cuba_lif_step(x_t, self.recurrent.weight, self.recurrent.bias, state)
 
 
@@ -409,7 +418,8 @@ class HeldDropout(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [T, B, N] or [B, N] -> the same shape, under the mask [B, N] or one drawn now."""
         if mask is None:
-            mask = self.draw(*x.shape[-2:], x)
+            B, N = x.shape[-2:]
+            mask = self.draw(B, N, x)
         return x if mask is None else x * mask.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -126,8 +126,8 @@ def _lstm(
     if time_constants is not None:
         # torch has the gates in the order i, f, g, o, and two biases that are added
         forget = torch.empty(N).uniform_(*time_constants).log()
-        layer.bias_hh_l0[: 2 * N] = 0
-        layer.bias_ih_l0[: 2 * N] = torch.cat([-forget, forget])
+        layer.get_parameter("bias_hh_l0")[: 2 * N] = 0
+        layer.get_parameter("bias_ih_l0")[: 2 * N] = torch.cat([-forget, forget])
     return layer
 
 
@@ -220,7 +220,9 @@ class SpikingClassifier(Pretrained):
             self.inputs.append(linear)
             self.neurons.append(row.build(n_in, n, own, time_constants))
         self.dropout = HeldDropout(dropout)
-        width = time_bins if row.needs_time_bins else 1 + (readout == "membrane")
+        width = 1 + (readout == "membrane")
+        if row.needs_time_bins and time_bins is not None:
+            width = time_bins
         self.output = nn.Linear(hidden[-1] * width, classes)
 
     @torch.no_grad()
@@ -238,9 +240,10 @@ class SpikingClassifier(Pretrained):
         training = self.training
         self.eval()
         for k, linear in enumerate(self.inputs):
-            if getattr(linear, "gain", None) is None:
+            if not isinstance(linear, SpikeLinear) or linear.gain is None:
                 continue
-            count, inputs, currents, squares = 0, 0, 0, 0
+            count = 0
+            inputs, currents, squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))
             for pieces in batches():
                 states = [None] * k
                 for x in pieces:
@@ -248,11 +251,11 @@ class SpikingClassifier(Pretrained):
                         x, states[j] = self.neurons[j](self.inputs[j](x), states[j])
                     current = linear(x).flatten(0, 1).double()
                     count += len(current)
-                    inputs += (
+                    inputs = inputs + (
                         x.sums() if isinstance(x, Cells) else x.sum((0, 1), dtype=torch.float64)
                     )
-                    currents += current.sum(0)
-                    squares += current.square().sum(0)
+                    currents = currents + current.sum(0)
+                    squares = squares + current.square().sum(0)
             linear.set_statistics(inputs / count, squares / count - (currents / count).square())
         self.train(training)
 
@@ -260,7 +263,7 @@ class SpikingClassifier(Pretrained):
         """Put what normalises a current into its weights, which changes nothing that is computed
         but for rounding."""
         for linear in self.inputs:
-            if getattr(linear, "gain", None) is not None:
+            if isinstance(linear, SpikeLinear) and linear.gain is not None:
                 linear.fold()
 
     def draw(self, batch: int) -> list[Draws]:
@@ -376,25 +379,27 @@ class SpikingClassifier(Pretrained):
         activity, states = [], []
         before = [None] * len(self.neurons) if before is None else before
         layers = zip(self.inputs, self.neurons, draws, before, strict=True)
+        seen: Tensor | Cells | Spikes = x
         for linear, neuron, drawn, old in layers:
-            current = linear(x if isinstance(linear, SpikeLinear) else _dense(x))
+            current = linear(seen if isinstance(linear, SpikeLinear) else _dense(seen))
             given = {} if drawn.v_reset is None else {"v_reset": drawn.v_reset}
             result = neuron(current, **given) if old is None else neuron(current, old, **given)
             bits, version = getattr(result, "bits", None), getattr(result, "version", None)
             if torch.compiler.is_compiling() and neuron._forward_hooks:
                 # a hook may have changed the spikes in place, which only their version would tell
                 bits = None
-            x = Spikes(result[0], bits, drawn.mask, version)
+            seen = out = Spikes(result[0], bits, drawn.mask, version)
             states.append(result[1])
-            activity.append(x.values.detach().flatten(0, -2).mean(0, dtype=torch.float32))
+            activity.append(out.values.detach().flatten(0, -2).mean(0, dtype=torch.float32))
         activity = torch.cat(activity) if by_neuron else torch.stack([a.mean() for a in activity])
-        return x, states, activity, current.dtype
+        return out, states, activity, current.dtype
 
     def _beside_membrane(self, read: Tensor, states: list[Any], mask: Tensor | None) -> Tensor:
         """What the readout sees: for readout membrane the last layer's membrane, too."""
-        if self.readout != "membrane":
+        of = NEURONS[self.neuron].membrane
+        if self.readout != "membrane" or of is None:
             return read
-        membrane = NEURONS[self.neuron].membrane(states[-1])
+        membrane = of(states[-1])
         return torch.cat([read.to(membrane.dtype), _masked(membrane, mask)], -1)
 
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:

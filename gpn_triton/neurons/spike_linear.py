@@ -89,6 +89,11 @@ class SpikeLinear(nn.Linear):
             bits whatever else is in the batch (row_linear). device, dtype: as nn.Linear.
     """
 
+    # these three are None where nothing is normalised; torch's own modules declare such so
+    gain: Tensor
+    centre: Tensor
+    scale: Tensor
+
     def __init__(
         self, in_features: int, out_features: int, backend: str = "auto", normalises: bool = False,
         by_row: bool = False, device: torch.device | str | None = None,
@@ -117,7 +122,8 @@ class SpikeLinear(nn.Linear):
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         self.register_parameter("gain", None)
-        self.centre = self.scale = None
+        self.register_buffer("centre", None)
+        self.register_buffer("scale", None)
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, variance: Tensor) -> None:

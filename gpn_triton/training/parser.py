@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpn_triton.data.datasets import DATASETS, MADE
+from gpn_triton.machine.provenance import VERSION
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training.options import (
     NETWORK_OPTIONS,
@@ -47,6 +48,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+        if self.add_help:
+            add_version(self)
 
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists the options)")
@@ -61,6 +64,13 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"unknown option {wrong}{did_you_mean(wrong, flags)}")
         return found
+
+
+def add_version(parser: Any) -> None:
+    """Give a parser, or a group of one, the flag that tells the version and ends the command."""
+    about = "Shows the version."
+    version = f"gpn-triton {VERSION}"
+    parser.add_argument("--version", action="version", version=version, help=about)
 
 
 def build_parser(everything: bool = False) -> Parser:
@@ -85,6 +95,7 @@ def build_parser(everything: bool = False) -> Parser:
     about.add_argument("--help-all", action=_Help, help="Shows all options.")
     about.add_argument("--list-presets", action=_Presets,
         help="Shows what each preset sets, and what was measured of it.")  # fmt: skip
+    add_version(about)
     add_options(parser, everything)
     return parser
 
