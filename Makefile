@@ -7,7 +7,7 @@ OLDEST = .venv-oldest
 COMPAT = kernels_interpreted kernels_binning kernels_offline kernels_cpu gpn reference lif \
 	spike_linear event_linear engine clients bench
 
-.PHONY: train test compat lint types format bench gpu clean
+.PHONY: train test compat lint types format docs bench gpu clean
 
 train: $(READY)
 	$(RUN) -m gpn_triton.train --amp $(ARGS)
@@ -32,6 +32,10 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# opens without a network: site/index.html
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 bench: $(READY)
 	$(RUN) -m pytest bench/ --benchmark-only $(ARGS)
 
@@ -52,4 +56,5 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	touch $(OLDEST)/.ready
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks \
+		.hypothesis
