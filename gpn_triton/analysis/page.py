@@ -13,7 +13,7 @@ from gpn_triton.analysis.answers import Answers, View
 from gpn_triton.analysis.plots import color_of, draw_confusion, draw_curves, draw_spent
 from gpn_triton.analysis.record import Record, differing, spent
 from gpn_triton.analysis.report import number
-from gpn_triton.analysis.sample_plot import draw_sample
+from gpn_triton.analysis.sample_plot import MOST_NEURONS, MOST_STEPS, draw_sample
 from gpn_triton.data.dense import DenseStore
 from gpn_triton.machine.provenance import VERSION
 
@@ -241,7 +241,9 @@ def _most_confused(found: Answers, most: int = 3) -> str:
 def _samples(looked: Sequence[Looked]) -> str:
     parts = [
         '<p class="muted">Move the slider, or play: the membranes and gates are those of the bin '
-        "that the orange line stands at.</p>"
+        f"that the orange line stands at. Of more than {MOST_STEPS} bins the slider stops at "
+        f"{MOST_STEPS}; of more than {MOST_NEURONS} neurons of a layer {MOST_NEURONS} are shown, "
+        "both evenly. Membranes far below the threshold are cut off.</p>"
     ]
     for k, one in enumerate(looked):
         found, cfg = one.answers, one.answers.trained.config

@@ -13,7 +13,7 @@ from gpn_triton.analysis.distributions import Trace
 from gpn_triton.analysis.plots import color_of, grid, menu_of, words
 
 # a slider's steps, a layer's neurons and a sample's classes that a page has room for
-MOST_STEPS, MOST_NEURONS, MOST_CLASSES = 200, 200, 6
+MOST_STEPS, MOST_NEURONS, MOST_CLASSES = 100, 128, 6
 INK, CURSOR = [[0, "#ffffff"], [1, "#1d2733"]], "#d55e00"
 COLORS = {"h": "#1d2733", "theta": "#d55e00", "f": "#0072b2", "i": "#009e73", "b": "#cc79a7"}
 # the rows of the figure, from above
@@ -98,7 +98,7 @@ class _SamplePlot:
         for color, k in enumerate(np.argsort(-said.max(0))[:MOST_CLASSES]):
             name = words(names[k])
             self.add(
-                SAID, 1, x=self.time, y=said[:, k].round(4), mode="lines", name=name,
+                SAID, 1, x=self.time, y=said[:, k], mode="lines", name=name,
                 showlegend=True, line={"color": color_of(color), "width": 1.5},
                 hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
             )  # fmt: skip
@@ -112,7 +112,8 @@ class _SamplePlot:
         self.cursor(SPIKES, col, -0.5, len(order) - 0.5)
         places = np.arange(len(order))
         for name, values in {"h": layer.h, **layer.gates}.items():
-            at = values.numpy()[:, order].round(4)
+            # a number of four bytes is written in half the room
+            at = values.numpy()[:, order].astype(np.float32)
             self.add(
                 MEMBRANE if name in ("h", "theta") else GATES, col,
                 lambda t, at=at: {"y": at[t]}, x=places, mode="markers", name=name,
