@@ -53,6 +53,7 @@ def test_the_one_command_hands_on_arguments_and_status(tmp_path, monkeypatch, ca
         assert said.count("\n") == 1 and "expected one of analyze, " in said and got in said
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_in_a_moment_beside_torch():
     # the processor's time, which other work on the machine does not change much
     code = (
