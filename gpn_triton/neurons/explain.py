@@ -147,15 +147,17 @@ def _strategy(
     """How the Triton kernels run a layer, and why."""
     from gpn_triton.kernels import tiles
 
-    limits = device.kernel_limits() if where.type == "cuda" else {}
+    limits: device.KernelLimits = {}
+    if where.type == "cuda":
+        limits = device.kernel_limits()
     precision = device.float32_precision()
     if isinstance(layer, LIF):
         plan = tiles.choose_lif(sizes[0])
     elif isinstance(layer, CubaLIF):
         plan = tiles.choose_cuba_lif(*sizes, dtype, precision, **limits)
     else:
-        gates = GATES[layer.variant]
-        plan = tiles.choose(*sizes, dtype, gates, layer.options.every, precision, **limits)
+        gates, every = GATES[layer.variant], layer.options.every or 1
+        plan = tiles.choose(*sizes, dtype, gates, every, precision, **limits)
     return plan.strategy, plan.reason
 
 
