@@ -26,8 +26,9 @@ import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import h5py
 import numpy as np
@@ -301,7 +302,8 @@ def _run_reader(path: Path, *flags: str) -> tuple[dict[str, np.ndarray], dict[st
         watchdog = threading.Timer(limit, lambda: (ended.set(), reader.kill()))
         watchdog.start()
         try:
-            sent = _receive(reader.stdout)
+            # a pipe was asked for, so that there is one
+            sent = _receive(cast(BufferedReader, reader.stdout))
             reader.wait()
         finally:
             watchdog.cancel()
@@ -324,7 +326,7 @@ def _run_reader(path: Path, *flags: str) -> tuple[dict[str, np.ndarray], dict[st
     )
 
 
-def _receive(stream: IO[bytes]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def _receive(stream: BufferedReader) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """The arrays and sayings hdf5_reader.main writes; None if the stream ends before they do."""
     line = stream.readline()
     if not line.endswith(b"\n"):
@@ -333,7 +335,7 @@ def _receive(stream: IO[bytes]) -> tuple[dict[str, np.ndarray], dict[str, Any]] 
     arrays = {}
     for name, dtype, length in header["arrays"]:
         array = np.empty(length, dtype)
-        if stream.readinto(array.view(np.uint8)) < array.nbytes:
+        if stream.readinto(array.view(np.uint8).data) < array.nbytes:
             return None
         arrays[name] = array
     return arrays, header["about"]
@@ -375,7 +377,9 @@ def _load_cache(cache: Path) -> EventStore | None:
             num_channels, size, names = json.loads(str(arrays["about"]))
             return EventStore(
                 arrays["times"].astype(np.float32, copy=False),
-                *(arrays[name] for name in ("units", "offsets", "labels")),
+                arrays["units"],
+                arrays["offsets"],
+                arrays["labels"],
                 arrays["speakers"] if "speakers" in arrays else None,
                 num_channels,
                 tuple(names),
