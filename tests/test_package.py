@@ -146,7 +146,7 @@ def test_the_public_surface_s_types_are_clean(tmp_path):
 
     assert errors() == []
     # a user's mistake is seen
-    (tmp_path / "mine.py").write_text("from gpn_triton import GPN\n\nGPN('128')\n")
+    (tmp_path / "mine.py").write_text("from gpn_triton import GPN\n\nGPN(8, '128')\n")
     settings = {"typeCheckingMode": "basic", "include": ["."], "extraPaths": [str(ROOT)]}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     (mistake,) = errors("--project", str(tmp_path))
