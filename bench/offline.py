@@ -73,6 +73,7 @@ class Layer:
         """What tiles.choose answers, without what does not change the compiled code."""
         sizes = 100, self.B, self.N, getattr(torch, self.dtype)
         limits = self.precision, SM_COUNT[self.capability], SHARED_BYTES[self.capability]
+        limits = *limits, self.capability
         if self.neuron == "lif":
             plan = tiles.choose_lif(100)
         elif self.neuron == "cuba-lif":

@@ -209,7 +209,7 @@ def gpn_backward_stepwise_kernel(
     g_v_ptr, g_z_ptr, g_x_ptr,
     row, start, B, given,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
-    PRODUCT: tl.constexpr, CELL: tl.constexpr,
+    PRODUCT: tl.constexpr, CELL: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +225,7 @@ def gpn_backward_stepwise_kernel(
 
     if PRODUCT:
         open_z = g_z_ptr + ((row + 1) * rows_per_step + first) * DEPTH
-        # three sums side by side, not one chain three times as long
+        # CHAINED: one sum for all gates, else one a gate, side by side
         g_f = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         g_i = g_f
         g_b = g_f
@@ -240,12 +240,16 @@ def gpn_backward_stepwise_kernel(
             w_i = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "i", GATES, N)
             w_b = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "b", GATES, N)
             g_f = add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
-            g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
-            g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
+            if CHAINED:
+                g_f = add_product(g_f, g_z_i, w_i, "i", GATES, PRECISION)
+                g_f = add_product(g_f, g_z_b, w_b, "b", GATES, PRECISION)
+            else:
+                g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
+                g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
     # behind the product: ahead of it g_v holds registers all through the loop, and spills
     g_v = tl.load(g_v_in_ptr + first * N + offs, mask=mask & (given != 0), other=0.0)
     if PRODUCT:
-        g_v += g_f + g_i + g_b
+        g_v += g_f if CHAINED else g_f + g_i + g_b
     if CELL:
         g_v, _, _, _ = _step(
             g_v, z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
@@ -389,6 +393,7 @@ def _stepwise(inputs, g_v_in, outputs, start: int, steps: int, B: int, plan: Pla
         gpn_backward_stepwise_kernel[grid](
             *inputs, g_v if g_v_in is None else g_v_in, *outputs, row, start, B,
             int(g_v_in is not None), PRODUCT=row < steps - 1, CELL=row >= 0,
-            BLOCK_K=plan.backward.BLOCK_K, PRECISION=plan.precision, **tile, **constants,
+            CHAINED=plan.backward.chained, BLOCK_K=plan.backward.BLOCK_K,
+            PRECISION=plan.precision, **tile, **constants,
         )  # fmt: skip
         g_v_in = g_v

@@ -163,8 +163,9 @@ def compile_layer(
         the plan and one report per kernel.
     """
     plan = plan or tiles.choose(
-        T, B, N, dtype, gates, every, precision, SM_COUNT[capability], SHARED_BYTES[capability]
-    )
+        T, B, N, dtype, gates, every, precision, SM_COUNT[capability], SHARED_BYTES[capability],
+        capability,
+    )  # fmt: skip
     # the compiled code depends on neither T nor B: few steps of few rows reach every launch
     steps, rows = 3 * every, 2
     x = torch.zeros(steps, rows, N, dtype=dtype)
@@ -211,7 +212,7 @@ def compile_cuba_lif(
 ) -> tuple[tiles.Plan, list[Report]]:
     """Compile the kernels of a layer of CuBa-LIF, as compile_layer."""
     plan = tiles.choose_cuba_lif(
-        3, B, N, dtype, precision, SM_COUNT[capability], SHARED_BYTES[capability]
+        3, B, N, dtype, precision, SM_COUNT[capability], SHARED_BYTES[capability], capability
     )
     x, state = torch.zeros(3, 2, N, dtype=dtype), torch.zeros(2, N)
     weights, decays = (torch.zeros(N, N), torch.zeros(N)), (0.5, 0.5)

@@ -105,7 +105,7 @@ def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, ev
     ("stepwise", 7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6}),
     ("stepwise", 2, 1, 128, {"every": 2}),
     ("stepwise", 5, 1, 64, {"mean": True, "every": 5}),
-    ("stepwise", 2, 13, 100, {}),
+    ("stepwise", 2, 13, 100, {"backward": tiles.Tile(32, 64, 64, 4, 2, chained=True)}),
     ("persistent", 1, 1, 1, {}),
     ("persistent", 9, 33, 64, {"backward_steps": 4}),
     ("persistent", 36, 5, 16, {"forward_steps": 32, "backward_steps": 7}),

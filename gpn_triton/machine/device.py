@@ -133,6 +133,7 @@ def kernel_limits() -> dict[str, int]:
     return {
         "sm_count": properties.multi_processor_count,
         "shared_bytes": properties.shared_memory_per_block_optin,
+        "capability": 10 * properties.major + properties.minor,
     }
 
 
