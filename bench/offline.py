@@ -120,6 +120,29 @@ def multiplies(report: Report) -> bool:
     return "PRECISION" in constants and multiplying
 
 
+# what the launches of a chain write, by the kernel's arguments
+CHAIN = {
+    "gpn_forward_stepwise_kernel": {
+        "v_in_ptr", "state_ptr", "v_ptr", "v_out_ptr", "spikes_ptr", "bits_ptr", "counts_ptr",
+    },
+    "gpn_backward_stepwise_kernel": {"g_v_in_ptr", "g_v_ptr", "g_z_ptr", "g_x_ptr"},
+}  # fmt: skip
+
+
+def out_of_step(report: Report) -> list[str]:
+    """What a launch that may begin before the one before it has ended does too soon or too late."""
+    where, found = report.dependence, []
+    if where is None:
+        return ["does not wait for the launch before"]
+    if early := where.ahead & (CHAIN[report.kernel] | {"?"}):
+        found.append(f"reads {', '.join(sorted(early))} ahead of the wait")
+    if where.store < where.wait:
+        found.append("stores ahead of the wait")
+    if not where.wait < where.launch < where.store:
+        found.append("lets the next launch begin ahead of the wait or behind a store")
+    return found
+
+
 def faults(report: Report, capability: int) -> list[str]:
     """What keeps a kernel from being launched or from being fast; empty if all is well.
 
@@ -143,6 +166,8 @@ def faults(report: Report, capability: int) -> list[str]:
             found.append("no asynchronous copy")
         if report.loop_loads:
             found.append(f"{report.loop_loads} loads that wait within the loop")
+    if constants.get("DEPENDENT"):
+        found += out_of_step(report)
     return found
 
 
@@ -186,6 +211,8 @@ def name(report: Report) -> str:
         words += ", first step"
     if not constants.get("CELL", True):
         words += ", last product"
+    if constants.get("DEPENDENT"):
+        words += ", begun early"
     return words + (", masked" if constants.get("MASKED") else "")
 
 

@@ -54,6 +54,8 @@ class Plan:
         same loop as weight_v v and no [T, B, G N] buffer exists.
     forward_steps, backward_steps: time steps in a chunk.
     precision: of float32 products, "ieee" or "tf32" (half types ignore it).
+    dependent: a stepwise launch may begin while the one before still runs, and waits for its end
+        before it reads what that writes (programmatic dependent launch: sm_90 and later).
     measured: whether a GPU chose the tiles.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     backward_steps: int
     precision: str
     reason: str
+    dependent: bool = False
     measured: bool = False
 
 
@@ -226,6 +229,7 @@ def choose(
         backward_steps=_steps(T, row_bytes, every if every > 1 else 8),
         precision="ieee" if is_half(dtype) else precision,
         reason=reason,
+        dependent=strategy == "stepwise" and capability >= 90,
     )
 
 

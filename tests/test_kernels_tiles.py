@@ -60,6 +60,13 @@ def test_tiles_that_spill_or_wait_are_never_chosen(capability, dtype, precision)
             assert capability < 100 or plan.forward.BLOCK_B <= 32
 
 
+def test_launches_overlap_from_sm_90_on_where_there_is_one_a_step():
+    assert chosen(512, 256).dependent and chosen(512, 256, capability=100).dependent
+    assert not chosen(512, 256, capability=80).dependent
+    assert not tiles.choose(100, 256, 128, HALF, GATES["full"]).dependent
+    assert not tiles.choose_cuba_lif(100, 256, 512, HALF).dependent
+
+
 def test_forward_and_backward_are_swept_apart():
     (case,) = [c for c in cases("tuning", "full") if c.name == "N512-B2048-bfloat16"]
     forward, backward = (

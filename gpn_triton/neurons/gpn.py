@@ -184,7 +184,8 @@ def _plan(x: Tensor, variant: str, every: int):
     """tiles.choose for x, whose device is current."""
     from gpn_triton.kernels import tiles
 
-    limits = device.kernel_limits() if x.is_cuda else {}
+    # the interpreter has no generation's instructions
+    limits = device.kernel_limits() if x.is_cuda else {"capability": 0}
     return tiles.choose(
         *x.shape, x.dtype, GATES[variant], every, device.float32_precision(), **limits
     )
