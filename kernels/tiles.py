@@ -341,6 +341,49 @@ def _operand_clocks(
     return max(-(-programs // sm_count) * size / L2_BYTES, programs * size / L2_BYTES_TOGETHER)
 
 
+def stepwise_candidates(
+    dtype: torch.dtype, precision: str, limit: int, capability: int
+) -> dict[str, list[Tile]]:
+    """The tiles of forward and of backward whose code is sound: no spill, no load that waits within
+    the loop.
+
+    Args:
+        dtype, precision, capability: as for choose. limit: shared memory one program may have.
+    """
+    half, size = is_half(dtype), operand_dtype(dtype).itemsize
+    ieee = not half and precision == "ieee"
+    # the tensor cores that read shared memory themselves: wgmma, then tcgen05
+    wgmma, tcgen05 = 90 <= capability < 100, 100 <= capability < 120
+
+    def tile(rows: int, columns: int, stages: int) -> Tile:
+        # without tensor cores (ieee) more depth spills; with them, 4 warps of 64 rows
+        depth = 16 if ieee else 32 if rows >= 64 and not half else 64
+        # what three stages of backward's operands take, for either: three gates of each
+        if 3 * 3 * (rows + columns) * depth * size > limit:
+            stages = 2
+        return Tile(rows, columns, depth, 8 if rows >= 64 else 4, stages)
+
+    # more rows spill without tensor cores (ieee). from 64 rows on triton takes tcgen05 for sm_100,
+    # and then pipelines the loads of one sum alone, which are backward's
+    narrow = [(16, 32), (32, 32)] if ieee else [(16, 32), (32, 32), (64, 32), (128, 32)]
+    forward = [tile(*shape, stages=3) for shape in (narrow[:2] if tcgen05 else narrow)]
+    if ieee:
+        # 4 warps spill in backward at N = 256 (sm_80) and 513 (sm_90)
+        return {"forward": forward, "backward": [replace(t, num_warps=8) for t in forward]}
+    # twice the neurons halve what is read of g_z. 64 x 64 spills on sm_80, 128 x 64 with float32
+    # operands and on sm_100
+    wide = [(64, 64)] * (wgmma or tcgen05) + [(128, 64)] * (half and not tcgen05)
+    # a third stage spills at N = 160 (float16, sm_80)
+    backward = [tile(*shape, stages=2) for shape in narrow + wide]
+    # side by side the sums of 128 x 64 spill (sm_80, sm_90), and no load is pipelined on sm_100;
+    # in one sum 64 rows take 17 barriers instead of 2 on sm_90
+    chained = 64 if tcgen05 else 128
+    return {
+        "forward": forward,
+        "backward": [replace(t, chained=t.BLOCK_B >= chained) for t in backward],
+    }
+
+
 def _stepwise_tiles(
     B: int, N: int, dtype: torch.dtype, gates: tuple, precision: str, sm_count: int, limit: int,
     capability: int,
@@ -348,47 +391,20 @@ def _stepwise_tiles(
     """The tiles of forward and backward, each for itself.
 
     What a step reads from the L2 cache bounds it sooner than tensor cores or idle multiprocessors
-    do: of the tiles whose code is sound (no spill, no load that waits within the loop), the one
-    whose operands come soonest. Forward has a row of v and, for a neuron, the weights of every
-    gate; backward a row of g_z and a column of weights, both of the serial gates. unmeasured
+    do: of the candidates the one whose operands come soonest. Forward has a row of v and, for a
+    neuron, the weights of every gate; backward a row of g_z and a column of weights, both of the
+    serial gates. unmeasured
     """
-    half, size = is_half(dtype), operand_dtype(dtype).itemsize
-    ieee = not half and precision == "ieee"
-    # the tensor cores that read shared memory themselves: wgmma, then tcgen05
-    wgmma, tcgen05 = 90 <= capability < 100, 100 <= capability < 120
-    serial = sum(gate != "theta" for gate in gates)
-
-    def best(shapes: list, row_bytes: int, column_bytes: int) -> tuple[int, int]:
-        return min(
-            shapes,
-            key=lambda s: _operand_clocks(B, N, *s, row_bytes, column_bytes, sm_count),
+    size = operand_dtype(dtype).itemsize
+    serial = sum(gate != "theta" for gate in gates) * N * size
+    bytes_read = {"forward": (N * size, len(gates) * N * size), "backward": (serial, serial)}
+    found = stepwise_candidates(dtype, precision, limit, capability)
+    return tuple(
+        min(
+            found[way],
+            key=lambda t, way=way: _operand_clocks(
+                B, N, t.BLOCK_B, t.BLOCK_N, *bytes_read[way], sm_count
+            ),
         )
-
-    def tile(rows: int, columns: int, stages: int, chained: bool = False) -> Tile:
-        # without tensor cores (ieee) more depth spills; with them, 4 warps of 64 rows
-        depth = 16 if ieee else 32 if rows >= 64 and not half else 64
-        return Tile(rows, columns, depth, 8 if rows >= 64 else 4, stages, chained)
-
-    # more rows spill without tensor cores (ieee). from 64 rows on triton takes tcgen05 for sm_100,
-    # and then pipelines the loads of one sum alone, which are backward's
-    narrow = [(16, 32), (32, 32)] if ieee else [(16, 32), (32, 32), (64, 32), (128, 32)]
-    rows, columns = best(narrow[:2] if tcgen05 else narrow, N * size, len(gates) * N * size)
-    forward = tile(rows, columns, 3)
-    stage = 3 * (rows + columns) * forward.BLOCK_K * size
-    if 3 * stage > limit:
-        forward = replace(forward, num_stages=2)
-
-    # twice the neurons halve what is read of g_z. 64 x 64 spills on sm_80, 128 x 64 with float32
-    # operands and on sm_100
-    wide = [] if ieee else [(64, 64)] * (wgmma or tcgen05)
-    if half and not tcgen05:
-        wide.append((128, 64))
-    rows, columns = best(narrow + wide, serial * N * size, serial * N * size)
-    # side by side the sums of 128 x 64 spill (sm_80, sm_90), and no load is pipelined on sm_100;
-    # in one sum 64 rows take 17 barriers instead of 2 on sm_90. a third stage spills at N = 160
-    # (float16, sm_80)
-    backward = tile(rows, columns, 2, chained=not ieee and rows >= (64 if tcgen05 else 128))
-    if ieee:
-        # 4 warps spill at N = 256 (sm_80) and 513 (sm_90)
-        backward = replace(backward, num_warps=8, num_stages=3)
-    return forward, backward
+        for way in ("forward", "backward")
+    )
