@@ -88,18 +88,16 @@ class Layer:
 def all_layers() -> list[Layer]:
     """What the table of layers holds: a choice, since a layer takes up to half a minute to compile.
 
-    For every GPU the full neuron in float16, persistent and stepwise, at a batch of 256 and 2048.
-    For some a layer in each way of multiplying float32, a size that masks fill up, every variant
-    and surrogate, and the options. bfloat16 has the tiles and, but for the type of x, the code of
-    float16. The leaky neurons are not in it (`--neuron`).
+    The full neuron in float16, persistent and stepwise, for every GPU. For sm_90, too, each way of
+    multiplying float32, a size that masks fill up, a large batch, every variant, and the options.
+    bfloat16 has the tiles and, but for the type of x, the code of float16. The leaky neurons are
+    not in it (`--neuron`).
     """
-    layers = [Layer(N, capability=sm) for sm in CAPABILITIES for N in (128, 256, 512)]
-    layers += [Layer(512, capability=sm, B=2048) for sm in CAPABILITIES]
-    layers += [Layer(512, "float32", "tf32", sm) for sm in (80, 90)]
-    layers += [Layer(256, "float32", "ieee"), Layer(37)]
-    layers += [Layer(128, variant=v) for v in GATES if v != "full"] + [Layer(256, variant="no-i")]
-    layers += [Layer(128, every=10, lengths=True), Layer(256, every=10, mean=True)]
-    return layers + [Layer(128, surrogate=s) for s in SURROGATES if s != "atan"]
+    layers = [Layer(N, capability=sm) for sm in CAPABILITIES for N in (128, 512)]
+    layers += [Layer(256), Layer(512, B=2048), Layer(512, "float32", "tf32"), Layer(37)]
+    layers += [Layer(256, "float32", "ieee"), Layer(256, every=10, mean=True)]
+    layers += [Layer(128, variant=v) for v in GATES if v != "full"]
+    return [*layers, Layer(128, every=10, lengths=True)]
 
 
 def candidates(
@@ -320,9 +318,10 @@ figures and the machine code's, counted; times are estimated from it. {len(rows)
 {kernels} kernels, {wrong} layers with faults.
 
 What is compiled is a choice (`all_layers` in `bench/offline.py`): for sm 80, 90 and 100 the full \
-neuron in float16 at a batch of 256 and 2048; for some of them float32, masks, every variant and \
-surrogate, and the options; and every stepwise tile that `tiles.py` chooses from, at N = 512 in \
-float16. `python -m bench.offline --N 128` prints any other layer, kernel by kernel.
+neuron in float16, persistent and stepwise; for sm 90, too, float32, a size that masks fill up, a \
+large batch, every variant, and the options; and for all three every stepwise tile that `tiles.py` \
+chooses from, at N = 512 in float16. `python -m bench.offline --N 128` prints any other layer, \
+kernel by kernel.
 
 A fault is: a spill; more shared memory than one program may have (163 KiB on sm 80, 227 KiB \
 on sm 90 and 100); more registers than 65,536 a multiprocessor; no tensor-core instruction where a \
