@@ -85,16 +85,20 @@ def _device(config) -> torch.device:
 
 
 def pytest_generate_tests(metafunc):
-    """Cases of the kind that the module names in KIND, and its SUBJECTS, or those of a case."""
+    """Cases of the kind that the module names in KIND, and its SUBJECTS.
+
+    Where these are a function, it answers with those of a case in a benchmark of the module.
+    """
     if "case" not in metafunc.fixturenames:
         return
     size = metafunc.config.getoption("--size")
     size = size or ("full" if _device(metafunc.config).type == "cuda" else "small")
     kind, subjects = metafunc.module.KIND, metafunc.module.SUBJECTS
+    name = metafunc.function.__name__
     pairs = [
         (subject, case)
         for case in cases(kind, size)
-        for subject in (subjects(case) if callable(subjects) else subjects)
+        for subject in (subjects(case, name) if callable(subjects) else subjects)
     ]
     ids = [f"{subject}-{case}" for subject, case in pairs]
     metafunc.parametrize(("subject", "case"), pairs, ids=ids)

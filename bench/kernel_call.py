@@ -22,9 +22,12 @@ STRATEGIES = ("persistent", "stepwise")
 
 def choose_plan(
     sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, strategy: str,
-    tile: tiles.Tile | None = None,
+    swept: dict[str, tiles.Tile] | None = None,
 ) -> tiles.Plan:  # fmt: skip
-    """The plan of a layer (T, B, N) of the full neuron, with a tile instead of those chosen.
+    """The plan of a layer (T, B, N) of the full neuron.
+
+    Args:
+        swept: tiles of forward or backward instead of those chosen, by these names.
 
     Raises:
         Unavailable: the layer cannot run by the strategy.
@@ -35,7 +38,7 @@ def choose_plan(
         plan = tiles.choose(*sizes, dtype, GATES["full"], strategy=strategy, **limits)
     except ValueError as error:
         raise Unavailable(str(error)) from None
-    return plan if tile is None else replace(plan, forward=tile, backward=tile)
+    return replace(plan, **(swept or {}))
 
 
 class KernelCall(Call):
@@ -43,21 +46,22 @@ class KernelCall(Call):
 
     Args:
         problem: the numbers, without an input Linear. strategy: one of STRATEGIES.
-        backward: forward and backward. tile: instead of those chosen for the strategy.
+        backward: forward and backward. swept: as for choose_plan.
     Raises:
         Unavailable: the kernels cannot run here, or not by the strategy.
     """
 
     def __init__(
-        self, problem: Problem, strategy: str, backward: bool, tile: tiles.Tile | None = None
-    ):
+        self, problem: Problem, strategy: str, backward: bool,
+        swept: dict[str, tiles.Tile] | None = None,
+    ):  # fmt: skip
         if reason := machine.triton_unavailable(problem.x):
             raise Unavailable(reason)
         # here, since bench is read where triton is not installed
         from gpn_triton.kernels.gpn_backward import gpn_backward
         from gpn_triton.kernels.gpn_forward import gpn_forward
 
-        plan = choose_plan(problem.x.shape, problem.dtype, problem.device, strategy, tile)
+        plan = choose_plan(problem.x.shape, problem.dtype, problem.device, strategy, swept)
         gates, names = GATES["full"], ("weight_x", "weight_v", "bias")
         leaves = {"x": problem.x, **{name: problem.weights[name] for name in names}}
         tensors = (*leaves.values(), problem.v_reset)

@@ -30,22 +30,29 @@ from gpn_triton.kernels.tiles import Tile
 FLIPS = 0.002
 
 
-def swept(case: Case) -> dict[str, tuple[str, Tile | None]]:
-    """The subjects of a case by name: strategy and tile; None: the tiles chosen now."""
+def swept(case: Case, way: str) -> dict[str, tuple[str, Tile | None]]:
+    """The subjects of a case by name: strategy and tile; None: the tiles chosen now.
+
+    Args:
+        way: forward or backward, whose tile it is.
+    """
     block = tiles.block(case.N)
     # likelier ones first
     persistent = [
         Tile(rows, block, block, warps, stages)
         for rows, warps, stages in itertools.product((16, 32, 64), (8, 4, 16), (3, 2, 1))
     ]
-    stepwise = [
-        Tile(rows, columns, depth, warps, stages)
-        for rows, columns, warps in (
-            (32, 32, 4), (64, 32, 8), (64, 32, 4), (16, 32, 4), (64, 64, 8), (32, 64, 4),
-            (128, 32, 8), (128, 64, 8),
-        )
-        for depth, stages in ((64, 3), (64, 2), (32, 4), (32, 3))
+    shapes = [
+        (32, 32, 4), (64, 32, 8), (64, 32, 4), (16, 32, 4), (64, 64, 8), (32, 64, 4),
+        (128, 32, 8), (128, 64, 8),
     ]  # fmt: skip
+    loops = (64, 3), (64, 2), (32, 4), (32, 3)
+    stepwise = [
+        Tile(rows, columns, depth, warps, stages, chained)
+        for (rows, columns, warps), (depth, stages) in itertools.product(shapes, loops)
+        # one sum or three is a question where a program has enough rows to keep either busy
+        for chained in (False, True)[: 1 + (way == "backward" and rows >= 64)]
+    ]
     both = dict(zip(STRATEGIES, (persistent, stepwise), strict=True))
     better = "persistent" if case.N <= tiles.PERSISTENT_N else "stepwise"
     tiny = case.name == "tiny"
@@ -54,24 +61,31 @@ def swept(case: Case) -> dict[str, tuple[str, Tile | None]]:
         found[f"gpn-{strategy}"] = strategy, None
         for tile in both[strategy][: 1 if tiny else None]:
             sizes = f"{tile.BLOCK_B}x{tile.BLOCK_N}x{tile.BLOCK_K}"
-            found[f"{sizes}-warps{tile.num_warps}-stages{tile.num_stages}"] = strategy, tile
+            name = f"{sizes}-warps{tile.num_warps}-stages{tile.num_stages}"
+            found[name + "-chained" * tile.chained] = strategy, tile
     return found
 
 
-def entries(case: Case, device: torch.device, backward: bool) -> Callable[[str], Entry]:
-    """A function that prepares a subject of a case by name.
+def subjects_of(case: Case, benchmark: str) -> dict[str, tuple[str, Tile | None]]:
+    """What is swept of a case in the benchmark of that name, which ends in the way."""
+    return swept(case, benchmark.rpartition("_")[2])
+
+
+def entries(case: Case, device: torch.device, way: str) -> Callable[[str], Entry]:
+    """A function that prepares a subject of a case, and of a way, by name.
 
     The chosen tiles are checked against float64, the others against the chosen ones.
     """
     problem = functools.cache(lambda: Problem(case, device))
+    backward = way == "backward"
     chosen = functools.cache(lambda s: subjects.prepare(problem(), f"gpn-{s}", backward))
 
     def prepare(subject: str) -> Entry:
-        strategy, tile = swept(case)[subject]
+        strategy, tile = swept(case, way)[subject]
         usual = chosen(strategy)
         if tile is None:
             return usual
-        call = KernelCall(problem(), strategy, backward, tile)
+        call = KernelCall(problem(), strategy, backward, {way: tile})
         runs = GraphedCall(call, device) if device.type == "cuda" else call
         return replace(usual, call=runs, check=functools.partial(same, runs, usual.call))
 
@@ -99,12 +113,17 @@ def compile_ahead() -> None:
     """Fill Triton's cache with what recurrence and tuning launch in bfloat16, while tests run."""
     major, minor = torch.cuda.get_device_capability()
     plans, device = {}, torch.device("cuda")
-    chosen = [(case, s, None) for case in cases("recurrence", "full") for s in STRATEGIES]
-    swept_tiles = [(case, *how) for case in cases("tuning", "full") for how in swept(case).values()]
-    for case, strategy, tile in chosen + swept_tiles:
+    wanted = [(case, s, {}) for case in cases("recurrence", "full") for s in STRATEGIES]
+    wanted += [
+        (case, strategy, {way: tile} if tile else {})
+        for case in cases("tuning", "full")
+        for way in ("forward", "backward")
+        for strategy, tile in swept(case, way).values()
+    ]
+    for case, strategy, swept_tiles in wanted:
         sizes = case.T, case.B, case.N
         with contextlib.suppress(Unavailable):
-            plan = choose_plan(sizes, torch.bfloat16, device, strategy, tile)
+            plan = choose_plan(sizes, torch.bfloat16, device, strategy, swept_tiles)
             if case.dtype == "bfloat16":
                 plans.setdefault((case.N, strategy, plan.forward, plan.backward), plan)
     # forking after CUDA has started is not allowed

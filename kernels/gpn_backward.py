@@ -43,11 +43,13 @@ from gpn_triton.kernels.operands import (
     TL_DTYPES,
     add_product,
     cast_together,
+    dependent_launch,
     float32_product,
     layer_constants,
     load_gate,
     load_spikes,
     load_weight_as_stored,
+    meet_launches,
     own_tile,
     project,
     resize,
@@ -110,16 +112,12 @@ def recurrence_gradient_kernel(
 
 
 @triton.jit
-def _step(
-    g_v, z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
-    row, t, B, rows_per_step, first, offs, offs_z, mask,
-    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr,
+def _load_step(
+    z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr,
+    row, t, rows_per_step, first, offs, offs_z, mask,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Read one step of a tile, store its g_z and g_h i; row is the step's place in the chunk.
-
-    Returns:
-        g_v[t] without the product, and g_z_f, g_z_i, g_z_b.
-    """
+    """What one step of a tile reads beside g_v, as float32; row is its place in the chunk."""
     at = (row * rows_per_step + first) * N
     z_at = z_ptr + (row * rows_per_step + first) * DEPTH
     z_f = load_gate(z_at, offs_z, mask, "f", GATES, N)
@@ -130,11 +128,27 @@ def _step(
     v = tl.load(v_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     g_u = tl.load(g_u_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N)
+    rest = 0.0
+    if has(GATES, "theta"):
+        rest = tl.load(rest_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    return z_f, z_i, z_b, x, v, g_u, s, rest
+
+
+@triton.jit
+def _take_step(
+    g_v, z_f, z_i, z_b, x, v, g_u, s, rest, lengths_ptr, g_z_ptr, g_x_ptr,
+    row, t, B, rows_per_step, first, offs, offs_z, mask,
+    N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Store the g_z and g_h i of one step of a tile.
+
+    Returns:
+        g_v[t] without the product, and g_z_f, g_z_i, g_z_b.
+    """
     g_direct, g_x, g_z_f, g_z_i, g_z_b = next_v_gradient(
         g_v, g_u, z_f, z_i, z_b, v, x, s, GATES, FAST
     )
-    if has(GATES, "theta"):
-        g_direct += tl.load(rest_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    g_direct += rest
     if lengths_ptr is not None:
         sample = first + tl.arange(0, g_v.shape[0])[:, None]
         goes_on = t < tl.load(lengths_ptr + sample, mask=sample < B, other=0)
@@ -144,6 +158,7 @@ def _step(
             tl.where(goes_on, g_z_f, 0.0), tl.where(goes_on, g_z_i, 0.0),
             tl.where(goes_on, g_z_b, 0.0),
         )  # fmt: skip
+    at = (row * rows_per_step + first) * N
     tl.store(g_x_ptr + at + offs, g_x.to(g_x_ptr.dtype.element_ty), mask=mask)
     g_z_at = g_z_ptr + (row * rows_per_step + first) * DEPTH
     store_gate(g_z_at, offs_z, g_z_f, mask, "f", GATES, N)
@@ -176,10 +191,13 @@ def gpn_backward_persistent_kernel(
     g_v = tl.load(g_v_in_ptr + first * N + offs, mask=mask & (given != 0), other=0.0)
     for back in tl.range(0, steps, num_stages=STAGES):
         row = steps - 1 - back
-        g_v, g_z_f, g_z_i, g_z_b = _step(
-            g_v, z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
-            row, start + row, B, rows_per_step, first, offs, offs_z, mask,
-            N, GATES, DEPTH, FAST,
+        z_f, z_i, z_b, x, v, g_u, s, rest = _load_step(
+            z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr,
+            row, start + row, rows_per_step, first, offs, offs_z, mask, N, GATES, DEPTH,
+        )  # fmt: skip
+        g_v, g_z_f, g_z_i, g_z_b = _take_step(
+            g_v, z_f, z_i, z_b, x, v, g_u, s, rest, lengths_ptr, g_z_ptr, g_x_ptr,
+            row, start + row, B, rows_per_step, first, offs, offs_z, mask, N, GATES, DEPTH, FAST,
         )  # fmt: skip
         # three sums side by side, not one chain three times as long
         none = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -209,23 +227,33 @@ def gpn_backward_stepwise_kernel(
     g_v_ptr, g_z_ptr, g_x_ptr,
     row, start, B, given,
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr,
-    PRODUCT: tl.constexpr, CELL: tl.constexpr,
+    PRODUCT: tl.constexpr, CELL: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """PRODUCT closes g_v of step row + 1, CELL then takes step row and leaves its product open.
 
     g_v [B, N] float32, made of g_v_in (zeros unless given), is g_v[t] between chunks, and g_v[t]
-    without the product while open.
+    without the product while open. DEPENDENT: operands.dependent_launch.
     """
     first, rows, n, mask, offs = own_tile(B, N, BLOCK_B, BLOCK_N)
     row_mask = first + rows < B
     offs_z = rows * DEPTH + n
     rows_per_step = B.to(tl.int64)
 
+    # where all of it fits the registers: 128 x 64 spills
+    EARLY: tl.constexpr = CELL and DEPENDENT and BLOCK_B * BLOCK_N <= 4096
+    if EARLY:
+        # all of it was there before the chain began; what the launch before writes comes below
+        z_f, z_i, z_b, x, v, g_u, s, rest = _load_step(
+            z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr,
+            row, start + row, rows_per_step, first, offs, offs_z, mask, N, GATES, DEPTH,
+        )  # fmt: skip
+    if DEPENDENT:
+        meet_launches()
     if PRODUCT:
         open_z = g_z_ptr + ((row + 1) * rows_per_step + first) * DEPTH
-        # three sums side by side, not one chain three times as long
+        # CHAINED: one sum for all gates, else one a gate, side by side
         g_f = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         g_i = g_f
         g_b = g_f
@@ -240,17 +268,25 @@ def gpn_backward_stepwise_kernel(
             w_i = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "i", GATES, N)
             w_b = load_weight_as_stored(weight_v_ptr, k[:, None], n, w_mask, "b", GATES, N)
             g_f = add_product(g_f, g_z_f, w_f, "f", GATES, PRECISION)
-            g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
-            g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
+            if CHAINED:
+                g_f = add_product(g_f, g_z_i, w_i, "i", GATES, PRECISION)
+                g_f = add_product(g_f, g_z_b, w_b, "b", GATES, PRECISION)
+            else:
+                g_i = add_product(g_i, g_z_i, w_i, "i", GATES, PRECISION)
+                g_b = add_product(g_b, g_z_b, w_b, "b", GATES, PRECISION)
     # behind the product: ahead of it g_v holds registers all through the loop, and spills
     g_v = tl.load(g_v_in_ptr + first * N + offs, mask=mask & (given != 0), other=0.0)
     if PRODUCT:
-        g_v += g_f + g_i + g_b
+        g_v += g_f if CHAINED else g_f + g_i + g_b
     if CELL:
-        g_v, _, _, _ = _step(
-            g_v, z_ptr, x_ptr, bits_ptr, lengths_ptr, v_ptr, g_u_ptr, rest_ptr, g_z_ptr, g_x_ptr,
-            row, start + row, B, rows_per_step, first, offs, offs_z, mask,
-            N, GATES, DEPTH, FAST,
+        if not EARLY:
+            z_f, z_i, z_b, x, v, g_u, s, rest = _load_step(
+                z_ptr, x_ptr, bits_ptr, v_ptr, g_u_ptr, rest_ptr,
+                row, start + row, rows_per_step, first, offs, offs_z, mask, N, GATES, DEPTH,
+            )  # fmt: skip
+        g_v, _, _, _ = _take_step(
+            g_v, z_f, z_i, z_b, x, v, g_u, s, rest, lengths_ptr, g_z_ptr, g_x_ptr,
+            row, start + row, B, rows_per_step, first, offs, offs_z, mask, N, GATES, DEPTH, FAST,
         )  # fmt: skip
     tl.store(g_v_ptr + first * N + offs, g_v, mask=mask)
 
@@ -389,6 +425,8 @@ def _stepwise(inputs, g_v_in, outputs, start: int, steps: int, B: int, plan: Pla
         gpn_backward_stepwise_kernel[grid](
             *inputs, g_v if g_v_in is None else g_v_in, *outputs, row, start, B,
             int(g_v_in is not None), PRODUCT=row < steps - 1, CELL=row >= 0,
-            BLOCK_K=plan.backward.BLOCK_K, PRECISION=plan.precision, **tile, **constants,
+            CHAINED=plan.backward.chained, BLOCK_K=plan.backward.BLOCK_K,
+            PRECISION=plan.precision, **dependent_launch(plan, row < steps - 1), **tile,
+            **constants,
         )  # fmt: skip
         g_v_in = g_v

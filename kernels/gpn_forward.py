@@ -8,7 +8,8 @@
 Grid. persistent: (batch tiles, neuron tiles, segments); a program owns BLOCK_B rows and runs the
 time loop, weight_v stays in shared memory. With gates there is one neuron tile, all N. stepwise:
 the same grid for one step; a program owns BLOCK_B rows of BLOCK_N neurons and loops over the depth
-N of the product. Segments: 1 forward; in a replay, the stretches between two saved membranes.
+N of the product; its launches may overlap (operands.dependent_launch). Segments: 1 forward; in a
+replay, the stretches between two saved membranes.
 
 Layout, all contiguous. x, spikes [T, B, N] of x's dtype; weight_v, weight_x [G N, N], rows in the
 order f, i, b, theta; v_reset, v [B, N] float32; zx = weight_x x + bias [steps, B, G N] for a chunk
@@ -37,10 +38,12 @@ from gpn_triton.kernels.operands import (
     add_spikes,
     cast,
     cast_together,
+    dependent_launch,
     layer_constants,
     load_gate,
     load_spikes,
     load_weight_transposed,
+    meet_launches,
     own_tile,
     pack_spikes,
     project,
@@ -183,12 +186,12 @@ def gpn_forward_stepwise_kernel(
     N: tl.constexpr, GATES: tl.constexpr, DEPTH: tl.constexpr, HOIST: tl.constexpr,
     MEAN: tl.constexpr, SAVE: tl.constexpr, REPLAY: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Step t: v[t] is read whole from row in_row of v_in, v[t+1] written to row out_row of v_out.
 
     v_ptr [segments, B, N] float32 is the state, written by the tile's owner alone and read by it at
-    state_ptr, the same but at the first step.
+    state_ptr, the same but at the first step. DEPENDENT: operands.dependent_launch.
     """
     segment = tl.program_id(2)
     t += segment * every
@@ -215,17 +218,20 @@ def gpn_forward_stepwise_kernel(
             z_f, z_i, z_b, z_theta, x_t, weight_x_ptr, rows, n, row_mask,
             N, GATES, BLOCK_K, STAGES, OPERAND, PRECISION,
         )  # fmt: skip
+    x = tl.load(x_t + offs, mask=mask, other=0.0)
+    v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
     v_t = v_in_ptr + (in_row * rows_per_step + first) * N
+    if DEPENDENT:
+        # all above was there before the chain began; what the launch before writes comes below
+        meet_launches()
     z_f, z_i, z_b, z_theta = _products(
         z_f, z_i, z_b, z_theta, v_t, weight_v_ptr, rows, n, row_mask,
         N, GATES, BLOCK_K, STAGES, OPERAND, PRECISION,
     )  # fmt: skip
 
-    x = tl.load(x_t + offs, mask=mask, other=0.0).to(tl.float32)
-    v_reset = tl.load(v_reset_ptr + first * N + offs, mask=mask, other=0.0)
     own = (segment * rows_per_step + first) * N
     v = tl.load(state_ptr + own + offs, mask=mask, other=0.0)
-    h, theta = cell(z_f, z_i, z_theta, v, x, GATES, FAST)
+    h, theta = cell(z_f, z_i, z_theta, v, x.to(tl.float32), GATES, FAST)
     if REPLAY:
         s = load_spikes(bits_ptr, t, rows_per_step, first, offs, mask, N) > 0
     else:
@@ -352,7 +358,7 @@ def _stepwise(
             zx if plan.hoist else x, x, weight_x, bias, weight_v, v_reset, lengths, source,
             v if t else v0, v, target, *others, t, chunk_row, in_row, out_row, T, B, 0,
             HOIST=plan.hoist, MEAN=mean, SAVE=every > 0, REPLAY=False,
-            BLOCK_K=plan.forward.BLOCK_K, **constants,
+            BLOCK_K=plan.forward.BLOCK_K, **dependent_launch(plan, chunk_row > 0), **constants,
         )  # fmt: skip
         source, in_row = target, out_row
 
@@ -403,6 +409,6 @@ def recurrence_replay(
             zx, x, weight_v, zx, weight_v, v_reset, lengths, v,
             state, state, v, x, bits, v_reset,
             start + j, j, j, j + 1, stop, B, every,
-            HOIST=True, BLOCK_K=plan.forward.BLOCK_K, **constants,
+            HOIST=True, BLOCK_K=plan.forward.BLOCK_K, **dependent_launch(plan, j > 0), **constants,
         )  # fmt: skip
     return v

@@ -21,6 +21,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # the interpreter counts steps in Python's whole numbers, which do not take a constexpr
 WORD = tiles.WORD if INTERPRETED else tl.constexpr(tiles.WORD)
+COMPILED = False if INTERPRETED else tl.constexpr(True)
 
 
 @triton.jit
@@ -144,6 +145,14 @@ def store_fired(spikes_ptr, h_ptr, offs, s, h, mask, SAVE: tl.constexpr):
         tl.store(h_ptr + offs, to_operand(tl.where(s, h, below), DTYPE), mask=mask)
 
 
+@triton.jit
+def meet_launches():
+    """Wait until the launch before has ended and what it wrote is seen, then let the next begin."""
+    if COMPILED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 @triton.jit(do_not_specialize=["size_a", "size_b", "size_c", "size_d", "second_size"])
 def operands_cast_kernel(
     a_ptr, b_ptr, c_ptr, d_ptr, out_ptr, second_ptr, size_a, size_b, size_c, size_d, second_size,
@@ -255,3 +264,33 @@ def tile_constants(tile: tiles.Tile, B: int, N: int) -> tuple[tuple[int, int], d
     grid = (triton.cdiv(B, tile.BLOCK_B), triton.cdiv(N, tile.BLOCK_N))
     blocks = dict(BLOCK_B=tile.BLOCK_B, BLOCK_N=tile.BLOCK_N)
     return grid, dict(blocks, STAGES=tile.num_stages, num_warps=tile.num_warps)
+
+
+def dependent_launch(plan: tiles.Plan, behind: bool) -> dict:
+    """The arguments by which a stepwise launch may begin while the one before it still runs.
+
+    A chain is the launches of a chunk, one a time step. Why a launch that begins early reads and
+    writes nothing too soon:
+
+    - The first launch of a chain (behind is False) is an ordinary one. Whatever ran before the
+      chain, products and elementwise kernels, has ended when it begins, and is seen by all that
+      begin later. It never lets another begin early but by its end.
+    - Each later one begins, at the earliest, when every program of the launch before has passed its
+      meet_launches. Ahead of its own it reads only what was there before the chain began and what
+      no launch of the chain writes: zx (backward: z of its own step, which none but itself
+      overwrites with g_z), x, the saved v and bits, g_u, rest, v_reset, bias, weights.
+    - Behind its meet_launches the launch before has ended; so had, behind that one's, the launch
+      before it, and so on: reading v, state, words of bits, counts, g_v and g_z finds what any
+      earlier launch wrote, and writing into a row that an earlier launch still reads (the pair of
+      rows of v, the state in place) cannot happen, since no launch writes ahead of it.
+    - No program of a launch leaves before its meet_launches, so a launch's end means all of that.
+    - What follows a chain is an ordinary launch again and begins when the last one has ended. A
+      captured graph keeps both kinds of order.
+
+    Args:
+        behind: whether the launch before belongs to the same chain.
+    """
+    if not (plan.dependent and behind):
+        return dict(DEPENDENT=False)
+    # the interpreter runs launch after launch, and knows no such option
+    return dict(DEPENDENT=True, **({} if INTERPRETED else dict(launch_pdl=True)))

@@ -22,17 +22,26 @@ PERSISTENT_N_FLOAT32 = 64
 PERSISTENT_B = 16
 DEFAULT_SMS = 132
 DEFAULT_SHARED_BYTES = 227 * 1024
+DEFAULT_CAPABILITY = 90
+# bytes that come from the L2 cache in a clock: to one multiprocessor, and to all of them together.
+# assumed of every GPU, after what NVIDIA states of A100 and H100; unmeasured
+L2_BYTES = 64
+L2_BYTES_TOGETHER = 5120
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Blocks of one kernel (rows of the batch, neurons, depth of the product), warps, stages."""
+    """Blocks of one kernel (rows of the batch, neurons, depth of the product), warps, stages.
+
+    chained: stepwise backward adds its products up in one sum instead of one a gate, side by side.
+    """
 
     BLOCK_B: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    chained: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Plan:
         same loop as weight_v v and no [T, B, G N] buffer exists.
     forward_steps, backward_steps: time steps in a chunk.
     precision: of float32 products, "ieee" or "tf32" (half types ignore it).
+    dependent: a stepwise launch may begin while the one before still runs, and waits for its end
+        before it reads what that writes (programmatic dependent launch: sm_90 and later).
     measured: whether a GPU chose the tiles.
     """
 
@@ -56,6 +67,7 @@ class Plan:
     backward_steps: int
     precision: str
     reason: str
+    dependent: bool = False
     measured: bool = False
 
 
@@ -170,6 +182,7 @@ def choose(
     precision: str = "ieee",
     sm_count: int = DEFAULT_SMS,
     shared_bytes: int = DEFAULT_SHARED_BYTES,
+    capability: int = DEFAULT_CAPABILITY,
     strategy: str | None = None,
 ) -> Plan:
     """Choose how a layer runs.
@@ -178,8 +191,8 @@ def choose(
         T, B, N: time bins, batch, neurons. dtype: of x. gates: reference.GATES[variant].
         every: the membrane is saved every so many steps (0 counts as 1).
         precision: of float32 products, "ieee" or "tf32".
-        sm_count: multiprocessors. shared_bytes: shared memory one program may have. The defaults
-            are an H200's.
+        sm_count: multiprocessors. shared_bytes: shared memory one program may have. capability:
+            10 x major + minor of the compute capability. The defaults are an H200's.
         strategy: persistent or stepwise instead of the better one.
     Returns:
         The plan; plan.reason says why in one sentence.
@@ -191,8 +204,11 @@ def choose(
     if gates:
         shared = persistent_shared_bytes(N, gates, dtype)
         most = PERSISTENT_N if is_half(dtype) else PERSISTENT_N_FLOAT32
+        stepwise = _stepwise_tiles(
+            B, N, dtype, gates, precision, sm_count, shared_bytes, capability
+        )
         strategy, tiles, reason = _tiles(
-            B, N, dtype, shared, most, 3, precision, sm_count, shared_bytes, asked == "stepwise"
+            N, dtype, shared, most, shared_bytes, stepwise, asked == "stepwise"
         )
     else:
         # unmeasured
@@ -213,6 +229,7 @@ def choose(
         backward_steps=_steps(T, row_bytes, every if every > 1 else 8),
         precision="ieee" if is_half(dtype) else precision,
         reason=reason,
+        dependent=strategy == "stepwise" and capability >= 90,
     )
 
 
@@ -234,6 +251,7 @@ def choose_cuba_lif(
     precision: str = "ieee",
     sm_count: int = DEFAULT_SMS,
     shared_bytes: int = DEFAULT_SHARED_BYTES,
+    capability: int = DEFAULT_CAPABILITY,
     strategy: str | None = None,
 ) -> Plan:
     """Choose how a layer of CuBa-LIF runs; arguments, result and error as choose.
@@ -241,8 +259,9 @@ def choose_cuba_lif(
     There is nothing to hoist: x enters as it is. Forward is one chunk.
     """
     shared = cuba_lif_shared_bytes(N, dtype)
+    stepwise = _cuba_lif_stepwise_tiles(B, N, dtype, precision, sm_count, shared_bytes, capability)
     chosen, tiles, reason = _tiles(
-        B, N, dtype, shared, N, 1, precision, sm_count, shared_bytes, strategy == "stepwise"
+        N, dtype, shared, N, shared_bytes, stepwise, strategy == "stepwise"
     )
     if strategy not in (None, chosen):
         raise ValueError(f"strategy: expected {chosen} ({reason}), got {strategy!r}")
@@ -258,16 +277,16 @@ def choose_cuba_lif(
 
 
 def _tiles(
-    B: int, N: int, dtype: torch.dtype, shared: dict, most_N: int, products: int, precision: str,
-    sm_count: int, limit: int, stepwise: bool,
+    N: int, dtype: torch.dtype, shared: dict, most_N: int, limit: int,
+    stepwise: tuple[Tile, Tile], asked: bool,
 ) -> tuple[str, tuple[Tile, Tile], str]:  # fmt: skip
     """strategy, (forward tile, backward tile), reason.
 
     shared: of the persistent kernels, as persistent_shared_bytes gives it. most_N: neurons that
-    they take at most. products: of a row with a block of weights that a step takes backward.
+    they take at most. stepwise: the tiles where they do not fit, or where they are asked for.
     """
     fits = N <= most_N and all(fixed + stage <= limit for fixed, stage in shared.values())
-    if fits and not stepwise:
+    if fits and not asked:
         # 16 rows are the least a tensor core takes; 4 warps spill at N = 128 and, in float32, at
         # N = 64. three stages where they fit: loads then start two steps ahead. unmeasured
         warps = 8 if N > 32 else 4
@@ -286,21 +305,106 @@ def _tiles(
         reason = (
             f"to keep the weights on chip takes {kib} KiB in {dtype}, {limit >> 10} KiB are there"
         )
+    return "stepwise", stepwise, reason
+
+
+def _cuba_lif_stepwise_tiles(
+    B: int, N: int, dtype: torch.dtype, precision: str, sm_count: int, limit: int, capability: int
+) -> tuple[Tile, Tile]:
+    """The tiles of CuBa-LIF's forward and backward."""
     # every tile of rows reads all weights from the L2 cache once a step, which bounds a step sooner
-    # than idle multiprocessors do: the most rows that still occupy two fifths of them. unmeasured
+    # than idle multiprocessors do: the most rows that still occupy two fifths of them. for sm_100
+    # only what takes mma.sync has been compiled. unmeasured
     ieee = not is_half(dtype) and precision == "ieee"
     BLOCK_N, BLOCK_B = 32, 16
-    most = 32 if ieee else 128
+    most = 32 if ieee or capability >= 100 else 128
     while BLOCK_B < most and 5 * -(-B // (2 * BLOCK_B)) * -(-N // BLOCK_N) >= 2 * sm_count:
         BLOCK_B *= 2
-    # without tensor cores (ieee) more rows or more depth spill; with them, 4 warps of 64 rows.
-    # unmeasured
+    # as GPN's. unmeasured
     BLOCK_K = 16 if ieee else 32 if BLOCK_B >= 64 and not is_half(dtype) else 64
     warps = 8 if BLOCK_B >= 64 else 4
-    # what backward holds of operands and weights per stage
-    stage = products * (BLOCK_B + BLOCK_N) * BLOCK_K * operand_dtype(dtype).itemsize
+    stage = (BLOCK_B + BLOCK_N) * BLOCK_K * operand_dtype(dtype).itemsize
     forward = Tile(BLOCK_B, BLOCK_N, BLOCK_K, warps, 3 if 3 * stage <= limit else 2)
-    # what spills in GPN's backward: a third stage at N = 160 (float16, sm_80), and 4 warps in ieee
-    # at N = 256 (sm_80) and 513 (sm_90). unmeasured
     backward = replace(forward, num_warps=8) if ieee else replace(forward, num_stages=2)
-    return "stepwise", (forward, backward), reason
+    return forward, backward
+
+
+def _operand_clocks(
+    B: int, N: int, rows: int, columns: int, row_bytes: int, column_bytes: int, sm_count: int
+) -> float:
+    """Clocks until the operands of a step's products have come from the L2 cache, at the least.
+
+    A program reads row_bytes for each of its rows and column_bytes for each of its neurons.
+    """
+    programs = -(-B // rows) * -(-N // columns)
+    size = rows * row_bytes + columns * column_bytes
+    return max(-(-programs // sm_count) * size / L2_BYTES, programs * size / L2_BYTES_TOGETHER)
+
+
+def stepwise_candidates(
+    dtype: torch.dtype, precision: str, limit: int, capability: int
+) -> dict[str, list[Tile]]:
+    """The tiles of forward and of backward whose code is sound: no spill, no load that waits within
+    the loop.
+
+    Args:
+        dtype, precision, capability: as for choose. limit: shared memory one program may have.
+    """
+    half, size = is_half(dtype), operand_dtype(dtype).itemsize
+    ieee = not half and precision == "ieee"
+    # the tensor cores that read shared memory themselves: wgmma, then tcgen05
+    wgmma, tcgen05 = 90 <= capability < 100, 100 <= capability < 120
+
+    def tile(rows: int, columns: int, stages: int) -> Tile:
+        # without tensor cores (ieee) more depth spills; with them, 4 warps of 64 rows
+        depth = 16 if ieee else 32 if rows >= 64 and not half else 64
+        # what three stages of backward's operands take, for either: three gates of each
+        if 3 * 3 * (rows + columns) * depth * size > limit:
+            stages = 2
+        return Tile(rows, columns, depth, 8 if rows >= 64 else 4, stages)
+
+    # more rows spill without tensor cores (ieee). from 64 rows on triton takes tcgen05 for sm_100,
+    # and then pipelines the loads of one sum alone, which are backward's
+    narrow = [(16, 32), (32, 32)] if ieee else [(16, 32), (32, 32), (64, 32), (128, 32)]
+    forward = [tile(*shape, stages=3) for shape in (narrow[:2] if tcgen05 else narrow)]
+    if ieee:
+        # 4 warps spill in backward at N = 256 (sm_80) and 513 (sm_90)
+        return {"forward": forward, "backward": [replace(t, num_warps=8) for t in forward]}
+    # twice the neurons halve what is read of g_z. 64 x 64 spills on sm_80, 128 x 64 with float32
+    # operands and on sm_100
+    wide = [(64, 64)] * (wgmma or tcgen05) + [(128, 64)] * (half and not tcgen05)
+    # a third stage spills at N = 160 (float16, sm_80)
+    backward = [tile(*shape, stages=2) for shape in narrow + wide]
+    # side by side the sums of 128 x 64 spill (sm_80, sm_90), and no load is pipelined on sm_100;
+    # in one sum 64 rows take 17 barriers instead of 2 on sm_90
+    chained = 64 if tcgen05 else 128
+    return {
+        "forward": forward,
+        "backward": [replace(t, chained=t.BLOCK_B >= chained) for t in backward],
+    }
+
+
+def _stepwise_tiles(
+    B: int, N: int, dtype: torch.dtype, gates: tuple, precision: str, sm_count: int, limit: int,
+    capability: int,
+) -> tuple[Tile, Tile]:  # fmt: skip
+    """The tiles of forward and backward, each for itself.
+
+    What a step reads from the L2 cache bounds it sooner than tensor cores or idle multiprocessors
+    do: of the candidates the one whose operands come soonest. Forward has a row of v and, for a
+    neuron, the weights of every gate; backward a row of g_z and a column of weights, both of the
+    serial gates. unmeasured
+    """
+    size = operand_dtype(dtype).itemsize
+    serial = sum(gate != "theta" for gate in gates) * N * size
+    bytes_read = {"forward": (N * size, len(gates) * N * size), "backward": (serial, serial)}
+    found = stepwise_candidates(dtype, precision, limit, capability)
+    return tuple(
+        min(
+            found[way],
+            key=lambda t, way=way: _operand_clocks(
+                B, N, t.BLOCK_B, t.BLOCK_N, *bytes_read[way], sm_count
+            ),
+        )
+        for way in ("forward", "backward")
+    )

@@ -45,7 +45,8 @@ def plan(strategy, T, B, N, dtype, variant, every, **changes):
     tile = tiles.Tile(16, tiles.block(N) if N <= 128 else 64, 0, 8, 3)
     if strategy == "stepwise":
         tile = tiles.Tile(32, 64, 64, 4, 2)
-    return replace(chosen, strategy=strategy, **{"forward": tile, "backward": tile, **changes})
+    usual = {"forward": tile, "backward": tile, "dependent": False}
+    return replace(chosen, strategy=strategy, **{**usual, **changes})
 
 
 def beyond_the_gpu(how, shared, cuda):
@@ -101,11 +102,11 @@ def check(strategy, T, B, N, variant="full", dtype=torch.float32, mean=False, ev
 @pytest.mark.parametrize("strategy, T, B, N, options", [
     ("stepwise", 1, 1, 1, {}),
     ("stepwise", 7, 13, 37, {"forward_steps": 3, "backward_steps": 2}),
-    ("stepwise", 2, 33, 160, {"hoist": False}),
-    ("stepwise", 7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6}),
+    ("stepwise", 2, 33, 160, {"hoist": False, "dependent": True}),
+    ("stepwise", 7, 40, 16, {"mean": True, "every": 3, "backward_steps": 6, "dependent": True}),
     ("stepwise", 2, 1, 128, {"every": 2}),
     ("stepwise", 5, 1, 64, {"mean": True, "every": 5}),
-    ("stepwise", 2, 13, 100, {}),
+    ("stepwise", 2, 13, 100, {"backward": tiles.Tile(32, 64, 64, 4, 2, chained=True)}),
     ("persistent", 1, 1, 1, {}),
     ("persistent", 9, 33, 64, {"backward_steps": 4}),
     ("persistent", 36, 5, 16, {"forward_steps": 32, "backward_steps": 7}),
@@ -129,7 +130,7 @@ def test_every_variant_equals_the_specification(variant, strategy):
 @pytest.mark.parametrize("strategy, variant, options", [
     ("persistent", "full", {"mean": True, "backward_steps": 4}),
     ("persistent", "no-i", {"every": 3, "backward_steps": 3}),
-    ("stepwise", "full", {"every": 2, "backward_steps": 4}),
+    ("stepwise", "full", {"every": 2, "backward_steps": 4, "dependent": True}),
     ("stepwise", "no-b", {"mean": True}),
 ])  # fmt: skip
 def test_sequences_that_end_earlier_equal_the_specification(strategy, variant, options):

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,12 +30,14 @@ LAYERS = {
         ("persistent", 90, {"N": 300, "variant": "no-fitb"}),
         ("persistent", 80, {"N": 64, "dtype": "float32", "lengths": True}),
         ("stepwise", 80, {"N": 256, "every": 10}),
-        ("stepwise", 90, {"N": 512, "dtype": "float32", "precision": "tf32"}),
+        ("stepwise", 90, {"N": 512}),
         ("persistent", 90, {"neuron": "lif"}),
         ("persistent", 80, {"neuron": "cuba-lif", "N": 256}),
         ("stepwise", 90, {"neuron": "cuba-lif", "N": 512, "dtype": "float32", "precision": "tf32"}),
     ],
     "rest": [
+        ("stepwise", 90, {"N": 512, "dtype": "float32", "precision": "tf32"}),
+        ("stepwise", 90, {"N": 512, "B": 2048, "every": 2, "lengths": True}),
         ("persistent", 90, {"every": 10, "lengths": True}),
         ("stepwise", 90, {"N": 256, "lengths": True}),
         ("persistent", 80, {"variant": "no-i"}),
@@ -53,10 +55,22 @@ LAYERS = {
         ("stepwise", 80, {"neuron": "cuba-lif", "N": 1024, "B": 8192}),
     ],
 }
+# of the sample: a stepwise layer of sm_90, behind one of sm_80
+OVERLAPPING = LAYERS["sample"].index(("stepwise", 90, {"N": 512}))
 CASES = [("sample", k) for k in range(len(LAYERS["sample"]))]
 CASES += [pytest.param("rest", k, marks=pytest.mark.slow) for k in range(len(LAYERS["rest"]))]
 # what a change of T or B might compile anew: a masked persistent layer, a stepwise one
 UNCHANGED = [(37, "float16"), (160, "float32")]
+
+
+def fields(report) -> dict:
+    """A report without its machine code, as JSON holds it."""
+    found = {key: value for key, value in vars(report).items() if key != "code"}
+    where = report.dependence
+    if where:
+        found["dependence"] = {**where._asdict(), "ahead": sorted(where.ahead)}
+        found["dependence"]["behind"] = sorted(where.behind)
+    return found
 
 
 def recompiled(N: int, dtype: str) -> dict[str, int]:
@@ -142,7 +156,7 @@ def compile_binning(config: dict, augmented: bool, capability: int) -> list[dict
             file.write(entry[2].asm["cubin"])
             file.flush()
             fused = len(re.findall(r"\bFFMA\b", offline._tool("nvdisasm", "-c", file.name)))
-        reports.append({**asdict(offline.read(*entry)), "fused": fused})
+        reports.append({**fields(offline.read(*entry)), "fused": fused})
     return reports
 
 
@@ -173,7 +187,7 @@ def compile_inner_ear(capability: int) -> list[dict]:
         for R, C, row in ((1, 33, 40), (2, 700, 24_010)):
             ints = torch.zeros(R, dtype=torch.int32)
             inner_ear(torch.zeros(R, C, row), ints, ints, torch.zeros(14), 0, 40, 24)
-    return [asdict(offline.read(*entry)) for entry in found]
+    return [fields(offline.read(*entry)) for entry in found]
 
 
 def compile_group(group: str) -> dict:
@@ -183,7 +197,7 @@ def compile_group(group: str) -> dict:
     layers = []
     for _, capability, options in LAYERS[group]:
         plan, reports = Layer(**{"N": 128, **options, "capability": capability}).compile()
-        reports = [asdict(r) | {"faults": faults(r, capability)} for r in reports]
+        reports = [fields(r) | {"faults": faults(r, capability)} for r in reports]
         for report in reports:
             if "persistent" in report["kernel"] and report["constants"].get("GATES", True):
                 way = "forward" if "forward" in report["kernel"] else "backward"
@@ -241,6 +255,79 @@ def test_persistent_loop_holds_all_products_and_few_barriers(k):
     assert backward["loop_mma"] == backward["mma"] == 3 * 8 * 16 / 8
     # without asynchronous copies there are 14 forward and 24 backward
     assert forward["loop_barriers"] <= 8 and backward["loop_barriers"] <= 10
+
+
+def test_a_step_loads_what_it_may_and_nothing_else_before_the_step_before_has_ended():
+    early = [r for r in compiled("sample")["layers"][OVERLAPPING]["reports"] if r["dependence"]]
+    forward, backward, closing = early
+    assert [r["constants"]["DEPENDENT"] for r in early] == [True] * 3
+    assert forward["kernel"] == "gpn_forward_stepwise_kernel"
+    where = forward["dependence"]
+    assert where["ahead"] == ["v_reset_ptr", "x_ptr", "zx_ptr"]
+    # v for the product, the owner's own v, the word of spikes
+    assert {"v_in_ptr", "state_ptr", "bits_ptr", "weight_v_ptr"} == set(where["behind"])
+    where = backward["dependence"]
+    assert where["ahead"] == ["bits_ptr", "g_u_ptr", "rest_ptr", "v_ptr", "x_ptr", "z_ptr"]
+    assert {"g_z_ptr", "g_v_in_ptr", "weight_v_ptr"} == set(where["behind"])
+    assert closing["dependence"]["ahead"] == []
+    for report in early:
+        where = report["dependence"]
+        assert where["wait"] < where["launch"] < where["store"]
+
+
+def test_launches_of_sm_80_and_the_first_of_a_chain_neither_wait_nor_let_another_begin():
+    old, new = compiled("sample")["layers"][OVERLAPPING - 1 : OVERLAPPING + 1]
+    assert not any(r["dependence"] for r in old["reports"])
+    ordinary = [r for r in new["reports"] if "stepwise" in r["kernel"] and not r["dependence"]]
+    # forward's first step, and backward's, which has no product to close
+    assert len(ordinary) == 2 and not any(r["constants"]["DEPENDENT"] for r in ordinary)
+    assert [r["constants"].get("PRODUCT") for r in ordinary] == [None, False]
+
+
+LISTING = """
+.text.kernel:
+        /*0000*/  ULDC.64 UR4, c[0x0][0x210] ;  /* 0x0000000000000ab9 */
+                           /* 0x000fe20000000a00 */
+        /*0010*/  ULDC.64 UR6, c[0x0][0x218] ;  /* 0x0000000000000ab9 */
+                           /* 0x000fe20000000a00 */
+        /*0020*/  IMAD.WIDE R2, R0, 0x4, UR4 ;  /* 0x0000000000000ab9 */
+                           /* 0x000fca0000000a00 */
+        /*0030*/ @!P0 LDG.E R5, desc[UR8][R2.64] ;  /* 0x0000000000000ab9 */
+                           /* 0x000ea20000000a00 */
+        /*0040*/  IMAD.WIDE R6, R0, 0x4, UR6 ;  /* 0x0000000000000ab9 */
+                           /* 0x000fe20000000a00 */
+EARLY   /*0050*/  ACQBULK ;  /* 0x0000000000000ab9 */
+                           /* 0x000fe20000000a00 */
+        /*0060*/  PREEXIT ;  /* 0x0000000000000ab9 */
+                           /* 0x000fe20000000a00 */
+LATE    /*0080*/  FADD R5, R5, R9 ;  /* 0x0000000000000ab9 */
+                           /* 0x004fca0000000a00 */
+        /*0090*/  STG.E desc[UR8][R6.64], R5 ;  /* 0x0000000000000ab9 */
+                           /* 0x000fe20000000a00 */
+        /*00a0*/  EXIT ;  /* 0x0000000000000ab9 */
+                           /* 0x000fea0003800000 */
+"""
+READ_V = """        /*0070*/  LDG.E R9, desc[UR8][R6.64] ;  /* 0x0000000000000ab9 */
+                           /* 0x000ea20000000a00 */
+"""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_load_of_v_ahead_of_the_wait_is_a_fault(early):
+    pytest.importorskip("triton")
+    from bench.offline import out_of_step
+    from gpn_triton.kernels import offline
+
+    listing = LISTING.replace("EARLY", READ_V if early else "")
+    code = offline.parse(listing.replace("LATE", "" if early else READ_V))
+    where = offline.dependence(code, {0x210: "zx_ptr", 0x218: "v_in_ptr"})
+    assert where.ahead == ({"zx_ptr", "v_in_ptr"} if early else {"zx_ptr"})
+    report = offline.Report("gpn_forward_stepwise_kernel", {}, *[0] * 11, where, code)
+    assert out_of_step(report) == ["reads v_in_ptr ahead of the wait"] * early
+    # the control word: what a load raises, and who waits for it
+    load = next(line for line in code if line.text.startswith("LDG"))
+    assert (load.guard, load.stall, load.result, load.operands) == ("!P0", 1, 2, 7)
+    assert next(line for line in code if line.text.startswith("FADD")).waits == 0b100
 
 
 @pytest.mark.parametrize("N, dtype", UNCHANGED)

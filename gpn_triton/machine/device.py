@@ -129,10 +129,12 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class KernelLimits(TypedDict, total=False):
-    """Arguments of tiles.choose: a GPU's multiprocessors and a block's shared memory at most."""
+    """Arguments of tiles.choose: a GPU's multiprocessors, a block's shared memory at most, and 10 x
+    major + minor of the compute capability."""
 
     sm_count: int
     shared_bytes: int
+    capability: int
 
 
 def kernel_limits() -> KernelLimits:
@@ -141,6 +143,7 @@ def kernel_limits() -> KernelLimits:
     return {
         "sm_count": properties.multi_processor_count,
         "shared_bytes": properties.shared_memory_per_block_optin,
+        "capability": 10 * properties.major + properties.minor,
     }
 
 

@@ -53,6 +53,7 @@ class Explanation:
             f"forward {plan.forward}, {plan.forward_steps} steps a chunk,"
             f" weight_x x {'ahead of the loop' if plan.hoist else 'in the step'}",
             f"backward {plan.backward}, {plan.backward_steps} steps a chunk",
+            *["a step begins while the one before it still runs"] * plan.dependent,
             "at least, without the input's Linear:"
             f" {self.forward_gflop:.3g} GFLOP and {self.forward_mib:.3g} MiB moved forward,"
             f" {self.backward_gflop:.3g} and {self.backward_mib:.3g} backward",

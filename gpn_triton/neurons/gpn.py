@@ -185,9 +185,8 @@ def _plan(x: Tensor, variant: str, every: int):
     """tiles.choose for x, whose device is current."""
     from gpn_triton.kernels import tiles
 
-    limits: device.KernelLimits = {}
-    if x.is_cuda:
-        limits = device.kernel_limits()
+    # the interpreter has no generation's instructions
+    limits: device.KernelLimits = device.kernel_limits() if x.is_cuda else {"capability": 0}
     T, B, N = x.shape
     return tiles.choose(
         T, B, N, x.dtype, GATES[variant], every, device.float32_precision(), **limits
