@@ -34,7 +34,9 @@ def header(device: torch.device) -> dict[str, Any]:
     """What every record carries of the machine and the program."""
     found = provenance(device)
     kept = {key: found[key] for key in ("commit", "device", "threads", "versions")}
-    return {**kept, "device_type": device.type}
+    cuda = device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(device) if cuda else (0, 0)
+    return {**kept, "device_type": device.type, "capability": 10 * major + minor}
 
 
 class Contest:

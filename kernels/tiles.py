@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gpn_triton.kernels.tiles_measured import fastest
+
 # z of a chunk of time: some passes of a large layer, small enough to stay near the L2 cache of a
 # data-centre GPU between the product that writes it and the recurrence that reads it. unmeasured
 CHUNK_BYTES = 64 << 20
@@ -210,6 +212,12 @@ def choose(
         strategy, tiles, reason = _tiles(
             N, dtype, shared, most, shared_bytes, stepwise, asked == "stepwise"
         )
+        if is_half(dtype) and len(gates) == 4:
+            found = (fastest(capability, strategy, N, way, B) for way in ("forward", "backward"))
+            tiles = tuple(
+                tile if fields is None else Tile(*fields)
+                for tile, fields in zip(tiles, found, strict=True)
+            )
     else:
         # unmeasured
         tile = Tile(PERSISTENT_B, min(block(N), 128), 0, 4, 3)

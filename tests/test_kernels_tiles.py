@@ -1,11 +1,13 @@
 """Which tiles are chosen for which layer, and which are swept on a GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench import tuning
+from bench import report, tuning, tuning_record
 from bench.cases import cases
-from gpn_triton.kernels import tiles
+from gpn_triton.kernels import tiles, tiles_measured
 from gpn_triton.neurons.reference import GATES
 
 HALF = torch.bfloat16
@@ -77,3 +79,54 @@ def test_forward_and_backward_are_swept_apart():
     assert "128x64x64-warps8-stages2-chained" in backward
     # both begin with what is chosen now
     assert next(iter(forward)) == next(iter(backward)) == "gpn-stepwise"
+
+
+def record_of(subject, device_ms, B=256, way="forward"):
+    mode = "forward" if way == "forward" else "forward+backward"
+    return {
+        "kind": "tuning", "group": f"tuning {way}: N512-B{B}", "subject": subject, "T": 100, "B": B,
+        "hidden": [512], "dtype": "bfloat16", "device": "some GPU", "capability": 90, "mode": mode,
+        "device_median_ms": device_ms,
+    }  # fmt: skip
+
+
+def test_a_record_s_faster_tiles_are_written_and_then_chosen(tmp_path, monkeypatch):
+    found = tuning_record.faster([
+        record_of("gpn-stepwise", 2.0),
+        record_of("64x64x64-warps8-stages2", 1.5), record_of("32x32x64-warps4-stages2", 1.9),
+        # what gains less than noise stays as it is
+        record_of("gpn-stepwise", 2.0, 2048), record_of("64x32x64-warps4-stages3", 1.97, 2048),
+        record_of("gpn-stepwise", 5.0, 256, "backward"),
+        record_of("128x64x64-warps8-stages2-chained", 4.0, 256, "backward"),
+    ])  # fmt: skip
+    source = tuning_record.table(found)
+    assert (
+        "# measured: some GPU, T 100, B 256, bfloat16, forward: 1.5 ms, the tile before 2" in source
+    )
+    written = {}
+    exec(source, written)
+    monkeypatch.setattr(tiles_measured, "MEASURED", written["MEASURED"])
+    plan = chosen(512, 300)
+    assert plan.forward == tiles.Tile(64, 64, 64, 8, 2)
+    assert plan.backward == tiles.Tile(128, 64, 64, 8, 2, chained=True)
+    # of a smaller batch, another GPU or another type nothing was measured
+    for other in (chosen(512, 255), chosen(512, 300, capability=80)):
+        assert plan.forward != other.forward
+    with monkeypatch.context() as patch:
+        copy = tmp_path / "tiles_measured.py"
+        copy.write_text(Path(tiles_measured.__file__).read_text())
+        patch.setattr(tiles_measured, "__file__", str(copy))
+        patch.setattr(
+            report,
+            "records",
+            lambda contents: [
+                record_of("gpn-stepwise", 2.0),
+                record_of("64x64x64-warps8-stages2", 1.5),
+            ],
+        )
+        patch.setattr(report, "read", lambda path: {})
+        assert tuning_record.main(["gpu-tuning.json", "--write"]) == 0
+    again = {}
+    exec(copy.read_text(), again)
+    assert again["MEASURED"] == {(90, "stepwise", 512, "forward"): {256: (64, 64, 64, 8, 2, False)}}
+    assert "this one of gpu-tuning.json" in copy.read_text()

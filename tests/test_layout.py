@@ -15,7 +15,7 @@ ROOMS = {
     "kernels": (
         "binning binning_cpu cpu cuba_lif events_cpu gpn_backward gpn_cpu gpn_forward "
         "inner_ear inner_ear_cpu lif lif_cpu linear_cpu offline operands pointwise "
-        "pointwise_cpu spikes tiles",
+        "pointwise_cpu spikes tiles tiles_measured",
         "",
     ),
     "machine": ("device distributed figure files graphs interrupt profile provenance", ""),
