@@ -30,7 +30,6 @@ g_z [steps, B, G N]. Everything here is of the state's dtype, float32 or float64
 storage, cast a chunk at a time. z lives in a tile's scratch memory only. Backward recomputes z from
 the saved v, or replays v with the saved spikes (never recomputed ones), and where every v is saved,
 takes b as what v[t+1] holds beyond the reset, which saves a quarter of that product.
-
 lengths [B] int64: from step lengths[b] on sample b keeps its v, does not spike and has no gradient
 but g_v's, which passes through.
 
