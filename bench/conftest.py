@@ -8,7 +8,6 @@ by the measured time.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import time
@@ -107,9 +106,9 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     whole = set()
     for path in config.getoption("--recorded"):
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        contents = report.read(Path(path))
         cut = {left["group"] for left in contents["left_out"] if left["reason"] == NO_TIME}
-        whole |= {record["group"] for record in report.records(report.read(Path(path)))} - cut
+        whole |= {record["group"] for record in report.records(contents)} - cut
     done = [item for item in items if _group(item) in whole]
     if done:
         config.hook.pytest_deselected(items=done)

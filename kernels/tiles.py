@@ -2,7 +2,7 @@
 
 No line of this file has been measured on a GPU. What stands behind the choices is the compiler's
 output for sm_80 and sm_90 (registers, spills, shared memory, asynchronous copies), which
-bench/offline.py reproduces; every plan says `measured=False` until a GPU has spoken.
+bench/offline.py reproduces; a plan says `measured` where tiles_measured.py has a GPU's word.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Plan:
     precision: of float32 products, "ieee" or "tf32" (half types ignore it).
     dependent: a stepwise launch may begin while the one before still runs, and waits for its end
         before it reads what that writes (programmatic dependent launch: sm_90 and later).
-    measured: whether a GPU chose the tiles.
+    measured: whether a GPU chose one of the tiles.
     """
 
     strategy: str
@@ -201,7 +201,7 @@ def choose(
     Raises:
         ValueError: the layer cannot run by the strategy that was asked for.
     """
-    size, asked = operand_dtype(dtype).itemsize, strategy
+    size, asked, measured = operand_dtype(dtype).itemsize, strategy, False
     row_bytes = max(1, len(gates)) * B * N * size
     if gates:
         shared = persistent_shared_bytes(N, gates, dtype)
@@ -213,7 +213,8 @@ def choose(
             N, dtype, shared, most, shared_bytes, stepwise, asked == "stepwise"
         )
         if is_half(dtype) and len(gates) == 4:
-            found = (fastest(capability, strategy, N, way, B) for way in ("forward", "backward"))
+            found = [fastest(capability, strategy, N, way, B) for way in ("forward", "backward")]
+            measured = any(found)
             tiles = tuple(
                 tile if fields is None else Tile(*fields)
                 for tile, fields in zip(tiles, found, strict=True)
@@ -238,6 +239,7 @@ def choose(
         precision="ieee" if is_half(dtype) else precision,
         reason=reason,
         dependent=strategy == "stepwise" and capability >= 90,
+        measured=measured,
     )
 
 

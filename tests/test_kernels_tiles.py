@@ -107,11 +107,11 @@ def test_a_record_s_faster_tiles_are_written_and_then_chosen(tmp_path, monkeypat
     exec(source, written)
     monkeypatch.setattr(tiles_measured, "MEASURED", written["MEASURED"])
     plan = chosen(512, 300)
-    assert plan.forward == tiles.Tile(64, 64, 64, 8, 2)
+    assert plan.measured and plan.forward == tiles.Tile(64, 64, 64, 8, 2)
     assert plan.backward == tiles.Tile(128, 64, 64, 8, 2, chained=True)
     # of a smaller batch, another GPU or another type nothing was measured
     for other in (chosen(512, 255), chosen(512, 300, capability=80)):
-        assert plan.forward != other.forward
+        assert not other.measured and plan.forward != other.forward
     with monkeypatch.context() as patch:
         copy = tmp_path / "tiles_measured.py"
         copy.write_text(Path(tiles_measured.__file__).read_text())

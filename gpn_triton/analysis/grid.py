@@ -87,8 +87,7 @@ class Grid:
 
     def repeats(self, outcomes: Outcomes) -> list[Cell]:
         """The cells of the other seeds, each neuron's at its best rate."""
-        first = self.base.seed[0]
-        best = best_rates({cell: o for cell, o in outcomes.items() if cell.seed == first})
+        best = best_rates(outcomes)
         seeds = [(n, rate, seed) for n, rate in best.items() for seed in self.base.seed[1:]]
         return [Cell(*one, who) for one in seeds for who in self.speakers]
 
@@ -194,17 +193,25 @@ def best_rates(outcomes: Outcomes) -> dict[str, float]:
     """Each neuron's learning rate of the best validation; none for one that failed at all rates.
 
     Args:
-        outcomes: of one seed; of several speakers left out the mean counts. Of equal rates the one
-            that comes first does.
+        outcomes: of a grid, of whose seeds the first counts; of several speakers left out the mean
+            does, of equal rates the one that comes first.
     """
+    first = next(iter(outcomes)).seed
     found: dict[str, dict[float, list[float]]] = {}
     for cell, result in finished(outcomes):
-        rates = found.setdefault(cell.neuron, {})
-        rates.setdefault(cell.lr, []).append(result["valid_accuracy"])
+        if cell.seed == first:
+            rates = found.setdefault(cell.neuron, {})
+            rates.setdefault(cell.lr, []).append(result["valid_accuracy"])
     return {
         neuron: max(rates, key=lambda rate: statistics.mean(rates[rate]))
         for neuron, rates in found.items()
     }
+
+
+def at_best_rates(outcomes: Outcomes) -> Iterable[tuple[Cell, dict[str, Any]]]:
+    """The cells that have a result at their neuron's best rate, with it."""
+    best = best_rates(outcomes)
+    return ((cell, result) for cell, result in finished(outcomes) if best[cell.neuron] == cell.lr)
 
 
 def finished(outcomes: Outcomes) -> Iterable[tuple[Cell, dict[str, Any]]]:

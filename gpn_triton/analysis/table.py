@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from gpn_triton.analysis.grid import Outcomes, best_rates, finished
+from gpn_triton.analysis.grid import Outcomes, at_best_rates, best_rates
 from gpn_triton.analysis.report import markdown, number, write_csv, write_text
 from gpn_triton.machine.figure import new_figure, save_figure
 from gpn_triton.neurons.networks import NEURONS
@@ -42,12 +42,10 @@ class Row:
 
 def rows_of(neurons: Sequence[str], outcomes: Outcomes) -> list[Row]:
     """A row for every neuron of a grid, in the order given."""
-    first = next(iter(outcomes)).seed
-    best = best_rates({cell: o for cell, o in outcomes.items() if cell.seed == first})
+    best = best_rates(outcomes)
     kept: dict[str, dict[int, list[dict]]] = {name: {} for name in neurons}
-    for cell, result in finished(outcomes):
-        if best[cell.neuron] == cell.lr:
-            kept[cell.neuron].setdefault(cell.seed, []).append(result)
+    for cell, result in at_best_rates(outcomes):
+        kept[cell.neuron].setdefault(cell.seed, []).append(result)
     # one result a seed, the mean over the speakers that were left out
     of = {
         name: {seed: _mean_result(some) for seed, some in seeds.items()}
@@ -71,13 +69,10 @@ def speakers_table(neurons: Sequence[str], outcomes: Outcomes) -> str:
 
     The mean over speakers has its 95 % confidence interval, by Student's t with speakers as draws.
     """
-    first = next(iter(outcomes)).seed
-    best = best_rates({cell: o for cell, o in outcomes.items() if cell.seed == first})
     found: dict[str, dict[int, list[float]]] = {name: {} for name in neurons}
-    for cell, result in finished(outcomes):
-        if best[cell.neuron] == cell.lr:
-            own = found[cell.neuron].setdefault(cell.speaker, [])
-            own.append(100 * result["test_accuracy"])
+    for cell, result in at_best_rates(outcomes):
+        own = found[cell.neuron].setdefault(cell.speaker, [])
+        own.append(100 * result["test_accuracy"])
     speakers = sorted({cell.speaker for cell in outcomes})
     lines = []
     for name in neurons:

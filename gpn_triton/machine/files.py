@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all, and JSON that is read or named in one line."""
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -38,6 +39,26 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def read_json(path: str | os.PathLike, argument: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: the file. argument: what named it, for errors.
+    Raises:
+        FileNotFoundError: no such file. ValueError: no JSON, or no object.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{argument}: no such file: {path}") from None
+    # a file of brackets is too deep for the parser
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: {path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{argument}: {path}: expected an object, got {type(found).__name__}")
+    return found
 
 
 def check_writable(path: str | os.PathLike) -> None:

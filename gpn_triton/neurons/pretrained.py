@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from gpn_triton.machine.files import write_atomically
+from gpn_triton.machine.files import read_json, write_atomically
 from gpn_triton.neurons.gpn_options import check_choice
 from gpn_triton.neurons.layers import GPN
 from gpn_triton.neurons.reference import GATES
@@ -86,7 +86,7 @@ class Pretrained(nn.Module):
         Raises:
             FileNotFoundError: no such folder or file. ValueError: a file that cannot be read.
         """
-        about = _read_json(Path(folder, ABOUT), "folder")
+        about = read_json(Path(folder, ABOUT), "folder")
         if about.get("format") != FORMAT or not isinstance(about.get("network"), dict):
             raise ValueError(
                 f"folder: {Path(folder, ABOUT)}: expected format {FORMAT} and a network, got "
@@ -108,7 +108,7 @@ class Pretrained(nn.Module):
         """
         run = Path(run)
         of_seed = run.name.startswith("seed-") and not (run / RUN_OPTIONS).exists()
-        options = _read_json((run.parent if of_seed else run) / RUN_OPTIONS, "run")
+        options = read_json((run.parent if of_seed else run) / RUN_OPTIONS, "run")
         path = run / RUN_WEIGHTS
         if not path.is_file() and (seeds := sorted(run.glob(f"seed-*/{RUN_WEIGHTS}"))):
             raise ValueError(f"run: {run} holds {len(seeds)} seeds: name one, as {seeds[0].parent}")
@@ -248,18 +248,6 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def _reason(error: Exception) -> str:
     """An error in a line; the first of torch's several says only that there is one."""
     return str(error).strip().splitlines()[:2][-1].strip()
-
-
-def _read_json(path: Path, argument: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{argument}: no such file: {path}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{argument}: {path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{argument}: {path}: expected an object, got {type(found).__name__}")
-    return found
 
 
 def _read_safetensors(path: Path, argument: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gpn_triton.data.datasets import class_difference
-from gpn_triton.machine.files import write_atomically
+from gpn_triton.machine.files import read_json, write_atomically
 from gpn_triton.machine.profile import PROFILE, TRACE
 from gpn_triton.neurons.networks import SpikingClassifier
 from gpn_triton.neurons.pretrained import (
@@ -198,14 +198,9 @@ def read_options(run: str | Path, argument: str = "run") -> dict[str, Any]:
     """
     path = Path(run, CONFIG)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        values = read_json(path, argument)
+    except FileNotFoundError:
         raise FileNotFoundError(f"{argument}: {run} is not a run folder: no {CONFIG}") from None
-    # a file of brackets is too deep for the parser
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{argument}: {path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{argument}: {path}: expected an object, got {type(values).__name__}")
     check_names(values, str(path))
     return completed(values)
 
