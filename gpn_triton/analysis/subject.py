@@ -59,14 +59,16 @@ class Samples:
         return int(right) / len(self.store)
 
 
-def load_data(cfg: TrainConfig) -> Splits:
+def load_data(cfg: TrainConfig, test: bool = True) -> Splits:
     """The data of a configuration.
 
+    Args:
+        test: see load_splits.
     Raises:
         ValueError: training data of one class or without events, and what load_splits raises.
     """
     source = DataSource(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(DataSource)})
-    splits = load_splits(source)
+    splits = load_splits(source, test=test)
     check_store(splits.train, cfg.train_file or cfg.dataset)
     return splits
 

@@ -118,18 +118,23 @@ class DataSource:
         )
 
 
-def load_splits(source: DataSource, seed: int = 0) -> Splits:
+def load_splits(source: DataSource, seed: int = 0, test: bool = True) -> Splits:
     """Find, read and split a data set; whatever has no file of its own is split off the training.
 
     Args:
         source: the data. seed: of the splits, and of synthetic.
+        test: whether there will be a test. Without one the training and validation parts are the
+            same, a test file is not opened, not even to be checked, and to ask for the test part
+            is a RuntimeError.
     Returns:
         the parts, all with the training data's classes.
     Raises:
         ValueError: an unknown name, a bad file, classes that do not fit the training data's, or a
             split that cannot be. FileNotFoundError, ConnectionError: no such file.
     """
-    found = _find_splits(source, seed)
+    found = _find_splits(source, seed, test)
+    if not test:
+        found = replace(found, load_test=_no_test)
     if not source.add_pairs:
         return found
 
@@ -140,7 +145,12 @@ def load_splits(source: DataSource, seed: int = 0) -> Splits:
     return Splits(pairs(found.train, 0), pairs(found.valid, 1), lambda: pairs(found.test, 2), about)
 
 
-def _find_splits(source: DataSource, seed: int) -> Splits:
+def _no_test() -> EventStore:
+    """Stands for the test part where there is no test."""
+    raise RuntimeError("test: these data were loaded without a test part")
+
+
+def _find_splits(source: DataSource, seed: int, test: bool) -> Splits:
     """The parts as they are made or read."""
     if source.train_file is None and source.dataset in MADE:
         if source.dataset == "synthetic":
@@ -180,7 +190,7 @@ def _find_splits(source: DataSource, seed: int) -> Splits:
     parts = {part: read(part) for part in ("train", "valid") if files.get(part) is not None}
     # so that a wrong test file is not found out after the training
     about = None
-    if files.get("test") is not None:
+    if test and files.get("test") is not None:
         about = read_about(files["test"], largest_unit=name not in PARTS)
     if channels is None:
         found = {files[part]: store.num_channels for part, store in parts.items()}
@@ -202,9 +212,11 @@ def _find_splits(source: DataSource, seed: int) -> Splits:
         train = train.subset(kept)
         test_how = f"{len(held)} samples held out, {how}"
     else:
-        _check_about(files["test"], about, classes, channels)
+        if about is not None:
+            _check_about(files["test"], about, classes, channels)
         load_test = lambda: _with_classes(read("test"), classes, files["test"])  # noqa: E731
-        test_how = f"{Path(files['test']).name}, read at the end"
+        when = "read at the end" if test else "not opened"
+        test_how = f"{Path(files['test']).name}, {when}"
     if files.get("valid") is None:
         kept, held, valid_how = split(train, "valid", seed)
         train, valid = train.subset(kept), train.subset(held)
