@@ -32,40 +32,13 @@ def run_experiment(cfg: TrainConfig) -> None:
         Interrupted: after SIGTERM or Ctrl-C, with everything needed to go on saved.
         ValueError, OSError, MemoryError, NonFiniteError: one line says what is wrong.
     """
-    device = own_device(cfg.device)
-    if not cfg.eval_only:
-        check_trackers(cfg.track)
-    row, example = NEURONS[cfg.neuron], torch.empty(1, device=device)
-    backend = row.backend(cfg.backend)
-    if row.compiles_first and (reason := unavailable(backend, example)):
-        raise ValueError(f"backend: {cfg.backend} cannot run: {reason}")
-    if cfg.deterministic:
-        # cuBLAS asks for this to be deterministic
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # else torch fills every buffer that nobody has written yet, some of them at every step
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    device = ready_device(cfg)
     source = DataSource(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(DataSource)})
     # split with the same seed whatever the training seed, so that seeds compare like with like
     splits = load_splits(source)
     with World.join(device, cfg.quiet) as world:
         world.say(f"{splits.description}\n{splits.train.summary()}")
-        threads = torch.get_num_threads()
-        asks = world.is_writer and device.type == "cpu" and threads > 1
-        if asks and (slowdown := thread_slowdown()) > WAITING:
-            world.say(
-                f"warning: {threads} threads take {slowdown:.1f} times as long as one for a small "
-                "product, since other work holds the cores: OMP_NUM_THREADS=1 would be faster",
-                matters=True,
-            )
-        if cfg.amp and not amp_dtype(cfg, device):
-            world.say(
-                f"--amp {cfg.amp}: this CPU has no arithmetic for it and would emulate it, several "
-                "times as slow: computing in float32",
-                matters=True,
-            )
-        if row.compiles_first and row.compiles_first(backend, example):
-            world.say("the first step compiles the kernels for this CPU, once: some 10 s")
+        advise(cfg, device, world)
         if cfg.eval_only:
             evaluate_run(cfg, Path(cfg.eval_only), splits, device, world)
             return
@@ -86,6 +59,50 @@ def run_experiment(cfg: TrainConfig) -> None:
         if len(results) > 1:
             world.say(_table(results, splits.learns_number), matters=True)
         world.say(_summary(cfg, results, run, splits.learns_number), matters=True)
+
+
+def ready_device(cfg: TrainConfig) -> torch.device:
+    """This process's device, with torch set as a configuration asks.
+
+    Raises:
+        ValueError: no such device, or the backend or a tracker is not there.
+    """
+    device = own_device(cfg.device)
+    if not cfg.eval_only:
+        check_trackers(cfg.track)
+    row = NEURONS[cfg.neuron]
+    backend, example = row.backend(cfg.backend), torch.empty(1, device=device)
+    if row.compiles_first and (reason := unavailable(backend, example)):
+        raise ValueError(f"backend: {cfg.backend} cannot run: {reason}")
+    if cfg.deterministic:
+        # cuBLAS asks for this to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # else torch fills every buffer that nobody has written yet, some of them at every step
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return device
+
+
+def advise(cfg: TrainConfig, device: torch.device, world: World) -> None:
+    """Say what makes a configuration slower on this machine than one expects."""
+    row, example = NEURONS[cfg.neuron], torch.empty(1, device=device)
+    backend = row.backend(cfg.backend)
+    threads = torch.get_num_threads()
+    asks = world.is_writer and device.type == "cpu" and threads > 1
+    if asks and (slowdown := thread_slowdown()) > WAITING:
+        world.say(
+            f"warning: {threads} threads take {slowdown:.1f} times as long as one for a small "
+            "product, since other work holds the cores: OMP_NUM_THREADS=1 would be faster",
+            matters=True,
+        )
+    if cfg.amp and not amp_dtype(cfg, device):
+        world.say(
+            f"--amp {cfg.amp}: this CPU has no arithmetic for it and would emulate it, several "
+            "times as slow: computing in float32",
+            matters=True,
+        )
+    if row.compiles_first and row.compiles_first(backend, example):
+        world.say("the first step compiles the kernels for this CPU, once: some 10 s")
 
 
 def _begin(cfg: TrainConfig) -> Path:

@@ -200,6 +200,11 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     return configuration(flags)
 
 
+def given_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """The options that flags give, and under them those of the file that --config names."""
+    return (_read_toml(flags["config"]) if "config" in flags else {}) | flags
+
+
 def configuration(flags: dict[str, Any]) -> TrainConfig:
     """The configuration that flags ask for, with what --preset and --config name under them.
 
@@ -208,7 +213,7 @@ def configuration(flags: dict[str, Any]) -> TrainConfig:
     Raises:
         ValueError, FileNotFoundError: as parse.
     """
-    given = (_read_toml(flags["config"]) if "config" in flags else {}) | flags
+    given = given_options(flags)
     preset = dict(PRESETS.get(str(given.get("preset")), {}))
     if "train_file" in given and "dataset" in given:
         raise ValueError("dataset: expected either --dataset or --train-file, got both")

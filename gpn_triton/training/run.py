@@ -5,7 +5,7 @@ import json
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -213,22 +213,29 @@ class Run:
             NonFiniteError: a loss or gradient was not finite.
             MemoryError: a step did not fit into memory.
         """
+        track = self.cfg.track if self.world.is_writer else ()
+        with (
+            Interruption() as interruption,
+            Trackers(track, self.folder, self.header["config"]) as trackers,
+        ):
+            for line in self.train_epochs(interruption):
+                trackers.log(line)
+        return self._finish()
+
+    def train_epochs(self, interruption: Interruption) -> Iterator[Epoch]:
+        """Train to the last epoch; yields each epoch's metrics once its checkpoint is written.
+
+        Whoever stops here has read nothing of the test part. Raises as train.
+        """
         if self.progress["epoch"] == self.progress["step"] == 0:
             self._keep_weights()
         pieces, samples = len(self.engine.pieces), len(self.training)
         done = min(self.progress["step"] // pieces * self.cfg.batch_size, samples)
         epochs = self.cfg.epochs * (1 + self.later) - self.progress["epoch"]
         self.pace = Pace(epochs * samples - done)
-        track = self.cfg.track if self.world.is_writer else ()
         self.model.train()
-        with (
-            Interruption() as interruption,
-            Trackers(track, self.folder, self.header["config"]) as trackers,
-        ):
-            for epoch in range(self.progress["epoch"], self.cfg.epochs):
-                trained = self._train_epoch(epoch, interruption)
-                trackers.log(self._end_epoch(epoch, trained))
-        return self._finish()
+        for epoch in range(self.progress["epoch"], self.cfg.epochs):
+            yield self._end_epoch(epoch, self._train_epoch(epoch, interruption))
 
     def _train_epoch(self, epoch: int, interruption: Interruption) -> Means:
         """Make the rest of an epoch's steps; the metrics of the whole of it."""
