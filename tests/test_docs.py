@@ -66,7 +66,8 @@ def test_every_command_of_a_page_has_the_options_it_is_given(page):
         path = find_commands()[name]
         module = f"gpn_triton.{name}" if path.stem == name else f"gpn_triton.{name}.{path.stem}"
         module = import_module(module)
-        if name == "train" and not {"--init-from", "--resume", "--eval-only"} & set(arguments):
+        elsewhere = {"--init-from", "--resume", "--eval-only", "--config"}
+        if name == "train" and not elsewhere & set(arguments):
             # what options say together is checked, too
             module.parser.parse([word for word in arguments if word != "vowels/train"])
         else:
@@ -113,8 +114,11 @@ def run_of(page):
             arguments += ["--epochs", "1"]
             if "--init-from" not in arguments:
                 arguments += ["--hidden", "6", "--time-bins", "8", "--batch-size", "16"]
-            if "--train-file" not in arguments and "vowels/train" not in arguments:
+            if not {"--train-file", "--config", "vowels/train"} & set(arguments):
                 arguments += ["--samples", "40"]
+        if name == "search":
+            pytest.importorskip("optuna")
+            arguments += ["--epochs", "1", "--time-bins", "8", "--trials", "2"]
         if name == "analyze":
             pytest.importorskip("matplotlib")
         assert main([name, *arguments]) == 0, (page, name, arguments)

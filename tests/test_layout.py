@@ -39,11 +39,11 @@ ROOMS = {
     "audio": ("ear encoding picture recordings reference", "data machine kernels"),
     "analysis": (
         "answers distributions energy gradients grid heterogeneity page pictures plots record "
-        "replay report sample_plot subject table tasks",
+        "replay report sample_plot search space subject table tasks trials",
         "training data neurons machine",
     ),
     "commands": (
-        "__main__ analyze data.__main__ encode export predict report reproduce train",
+        "__main__ analyze data.__main__ encode export predict report reproduce search train",
         "analysis training audio data neurons machine",
     ),
 }
