@@ -2,7 +2,7 @@
 
     counts[bin(t'), slot, channel(u')] += 1    for every event (t, u) of sample indices[slot]
 
-where t', u' are the event as augmented (shift, stretch, jitter, drop), and for the noise events.
+where t', u' are the event as augmented (stretches, shift, jitter, drop), and for the noise events.
 Every random number is a hash of what it is for,
 
     draw(stream, sample, number) = mix(mix(mix(key ^ stream) ^ sample) ^ number)     uint32
@@ -51,7 +51,9 @@ CONVERT_BLOCK = 1024
 # no 16-bit counter of a longer sample could be trusted
 PACKED_EVENTS = (1 << 16) - 1
 
-SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = map(tl.constexpr, range(7))
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT, CHANNEL_STRETCH = map(
+    tl.constexpr, range(8)
+)
 GOLDEN = tl.constexpr(0x9E3779B9)
 MIX_1, MIX_2 = tl.constexpr(0x21F0AAAD), tl.constexpr(0x735A2D97)
 UNIT = tl.constexpr(2.0**-24)
@@ -82,6 +84,12 @@ def uniform(bits):
 def below(bits, n):
     """int32 in 0..n - 1, the high half of the product."""
     return ((bits.to(tl.int64) * n) >> 32).to(tl.int32)
+
+
+@triton.jit
+def stretch_factor(bits, SHARE: tl.constexpr):
+    """float32 in [1 - SHARE, 1 + SHARE)."""
+    return 1.0 + SHARE * (2.0 * uniform(bits) - 1.0)
 
 
 @triton.jit
@@ -137,16 +145,16 @@ def binning_count_kernel(
     times_ptr, units_ptr, offsets_ptr, numbers_ptr, indices_ptr, key_ptr, edges_ptr, counts_ptr,
     T, T_power, first_bin, steps, B, channels, end, rate,
     CHANNEL_BIN: tl.constexpr, AUTHORS: tl.constexpr, CLIP: tl.constexpr, PACKED: tl.constexpr,
-    SHIFT_BY: tl.constexpr, STRETCH_BY: tl.constexpr, JITTER_BY: tl.constexpr,
-    DROP_BELOW: tl.constexpr, NOISE_SHARE: tl.constexpr,
+    SHIFT_BY: tl.constexpr, CHANNEL_STRETCH_BY: tl.constexpr, STRETCH_BY: tl.constexpr,
+    JITTER_BY: tl.constexpr, DROP_BELOW: tl.constexpr, NOISE_SHARE: tl.constexpr,
     BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program per (slot, share of its events); each augmentation is off at 0.
 
     T_power: the largest power of two in T. first_bin, steps: the bins that are counted. end: of the
     window, seconds. rate: bins a second.
-    SHIFT_BY: channels. STRETCH_BY: share. JITTER_BY: seconds a step of near_normal. DROP_BELOW: in
-    2^-32. NOISE_SHARE: in 2^-16. What is off leaves no instruction.
+    SHIFT_BY: channels. CHANNEL_STRETCH_BY, STRETCH_BY: share. JITTER_BY: seconds a step of
+    near_normal. DROP_BELOW: in 2^-32. NOISE_SHARE: in 2^-16. What is off leaves no instruction.
     """
     slot = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
@@ -168,15 +176,23 @@ def binning_count_kernel(
         shift = below(draw(key, SHIFT, sample, zero), 2 * SHIFT_BY + 1) - SHIFT_BY
     factor = tl.full((), 1.0, tl.float32)
     if STRETCH_BY > 0:
-        factor = 1.0 + STRETCH_BY * (2.0 * uniform(draw(key, STRETCH, sample, zero)) - 1.0)
+        factor = stretch_factor(draw(key, STRETCH, sample, zero), STRETCH_BY)
+    channel_factor = tl.full((), 1.0, tl.float32)
+    if CHANNEL_STRETCH_BY > 0:
+        channel_factor = stretch_factor(
+            draw(key, CHANNEL_STRETCH, sample, zero), CHANNEL_STRETCH_BY
+        )
 
     for begin in tl.range(start, count, SPLIT * BLOCK):
         number = begin + lane  # [BLOCK]
         keep = number < count
         t = tl.load(times_ptr + first + number, mask=keep, other=0.0)
         unit = tl.load(units_ptr + first + number, mask=keep, other=0).to(tl.int32) & 0xFFFF
+        if CHANNEL_STRETCH_BY > 0:
+            unit = (unit.to(tl.float32) * channel_factor).to(tl.int32)
         if SHIFT_BY > 0:
             unit += shift
+        if SHIFT_BY > 0 or CHANNEL_STRETCH_BY > 0:
             keep &= (unit >= 0) & (unit < channels)
         if STRETCH_BY > 0:
             t = t * factor
@@ -242,9 +258,10 @@ def binning_count(
     T, B = config.time_bins, len(indices)
     shape = (last - first, B, config.columns(channels))
     cells = math.prod(shape)
-    shift_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0, 0
+    shift_by, channel_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0.0, 0, 0
     if augmentation is not None:
         shift_by, stretch_by = augmentation.channel_shift, augmentation.time_stretch
+        channel_by = augmentation.channel_stretch
         # the sum of four uniform bytes has this deviation
         jitter_by = augmentation.time_jitter / math.sqrt(4 * (256**2 - 1) / 12)
         drop_below = round(augmentation.drop * 2**32)
@@ -269,8 +286,9 @@ def binning_count(
         T, 1 << (T.bit_length() - 1), first, last - first, B, channels, float(config.max_time),
         T / config.max_time,
         CHANNEL_BIN=config.channel_bin, AUTHORS=authors, CLIP=config.overflow == "clip",
-        PACKED=packed, SHIFT_BY=shift_by, STRETCH_BY=stretch_by, JITTER_BY=jitter_by,
-        DROP_BELOW=drop_below, NOISE_SHARE=noise_share, BLOCK=BLOCK, SPLIT=SPLIT,
+        PACKED=packed, SHIFT_BY=shift_by, CHANNEL_STRETCH_BY=channel_by, STRETCH_BY=stretch_by,
+        JITTER_BY=jitter_by, DROP_BELOW=drop_below, NOISE_SHARE=noise_share, BLOCK=BLOCK,
+        SPLIT=SPLIT,
         num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     if packed:

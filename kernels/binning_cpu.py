@@ -2,7 +2,7 @@
 
     cell = (bin(t') B + slot) columns + channel(u')     for every event (t, u) of indices[slot]
 
-where t', u' are the event as augmented (shift, stretch, jitter, drop), and for the noise events;
+where t', u' are the event as augmented (stretches, shift, jitter, drop), and for the noise events;
 draws and the order of changes are those of kernels/binning.py.
 
 Grid. A thread takes samples one by one; no two samples share a cell. Counts are written at once. A
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gpn_triton.kernels.cpu import EXACT, exact_inner, kernel, run, take
 
-SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = range(7)
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT, CHANNEL_STRETCH = range(8)
 MASK, GOLDEN, MIX_1, MIX_2 = 0xFFFFFFFF, 0x9E3779B9, 0x21F0AAAD, 0x735A2D97
 ONE, TWO, UNIT, CENTRE = (np.float32(c) for c in (1, 2, 2.0**-24, 510))
 
@@ -51,6 +51,12 @@ def draw(key, stream, sample, number):
 def uniform(bits):
     """float32 in [0, 1), a multiple of 2^-24."""
     return np.float32(bits >> 8) * UNIT
+
+
+@exact_inner
+def stretch_factor(bits, share):
+    """float32 in [1 - share, 1 + share)."""
+    return ONE + share * (TWO * uniform(bits) - ONE)
 
 
 @exact_inner
@@ -90,7 +96,7 @@ def place(t, unit, slot, edges, T, first, steps, B, channels, channel_bin, end, 
 def binning_kernel(
     counter, times, units, offsets, numbers, indices, room, edges, cell, counts, row_count,
     key_0, key_1, T, first_bin, steps, B, channels, channel_bin, end, rate, clip,
-    shift_by, stretch_by, jitter_by, drop_below, noise_share,
+    shift_by, channel_stretch_by, stretch_by, jitter_by, drop_below, noise_share,
 ):  # fmt: skip
     """Place the events of the samples this thread takes.
 
@@ -108,11 +114,14 @@ def binning_kernel(
         sample = indices[slot]
         first, count = offsets[sample], offsets[sample + 1] - offsets[sample]
         number = numbers[sample] if len(numbers) else sample
-        shift, factor = np.int64(0), ONE
+        shift, factor, channel_factor = np.int64(0), ONE, ONE
         if shift_by > 0:
             shift = ((draw(key, SHIFT, number, 0) * (2 * shift_by + 1)) >> 32) - shift_by
         if stretch_by > 0:
-            factor = ONE + stretch_by * (TWO * uniform(draw(key, STRETCH, number, 0)) - ONE)
+            factor = stretch_factor(draw(key, STRETCH, number, 0), stretch_by)
+        if channel_stretch_by > 0:
+            bits = draw(key, CHANNEL_STRETCH, number, 0)
+            channel_factor = stretch_factor(bits, channel_stretch_by)
         added = np.int64(0)
         if noise_share > 0:
             # rounded up or down at random
@@ -121,9 +130,10 @@ def binning_kernel(
         for e in range(count + added):
             if e < count:
                 t, unit, keep = times[first + e], np.int64(units[first + e]), True
-                if shift_by > 0:
-                    unit += shift
-                    keep = 0 <= unit < channels
+                if channel_stretch_by > 0:
+                    unit = np.int64(np.float32(unit) * channel_factor)
+                unit += shift
+                keep = 0 <= unit < channels
                 if stretch_by > 0:
                     t = t * factor
                 if jitter_by > 0:
@@ -171,10 +181,11 @@ def _place(
     events, indices, config, augmentation, key, steps, cell, counts, row_count, room
 ) -> None:
     """Run binning_kernel."""
-    shift_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0, 0
+    shift_by, channel_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0.0, 0, 0
     key_0, key_1 = 0, 0
     if augmentation is not None:
         shift_by, stretch_by = augmentation.channel_shift, augmentation.time_stretch
+        channel_by = augmentation.channel_stretch
         # the sum of four uniform bytes has this deviation
         jitter_by = augmentation.time_jitter / math.sqrt(4 * (256**2 - 1) / 12)
         drop_below = round(augmentation.drop * 2**32)
@@ -192,7 +203,8 @@ def _place(
         indices.contiguous().numpy(), room, edges, cell, counts, row_count, key_0, key_1, T, first,
         last - first, B, events.num_channels, config.channel_bin, np.float32(config.max_time),
         np.float32(T / config.max_time), config.overflow == "clip", shift_by,
-        np.float32(stretch_by), np.float32(jitter_by), drop_below, noise_share,
+        np.float32(channel_by), np.float32(stretch_by), np.float32(jitter_by), drop_below,
+        noise_share,
     )  # fmt: skip
 
 

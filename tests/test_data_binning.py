@@ -21,10 +21,11 @@ from tests.stores import make_store, store_of
 f32 = np.float32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "cpu", *(["triton"] if importlib.util.find_spec("triton") else []))
-SHIFT, EVERYTHING = Augmentation(channel_shift=30), Augmentation(20, 0.1, 0.005, 0.1, 0.1)
+SHIFT, EVERYTHING = Augmentation(channel_shift=30), Augmentation(20, 0.1, 0.005, 0.1, 0.1, 0.2)
 AUGMENTATIONS = {
     "shift": SHIFT,
     "a shift beyond all channels": Augmentation(channel_shift=5000),
+    "channel stretch": Augmentation(channel_stretch=0.4),
     "stretch": Augmentation(time_stretch=0.3),
     "jitter": Augmentation(time_jitter=0.02),
     "a jitter of seconds": Augmentation(time_jitter=3.0),
@@ -58,6 +59,10 @@ def naive_events(store, k, augmentation, key):
     events = []
     for j in range(last - first):
         t, unit = store.times[first + j], int(store.units[first + j])
+        if a.channel_stretch:
+            u = f32(naive_draw(key, 7, k) >> 8) / f32(2**24)
+            factor = f32(1) + f32(a.channel_stretch) * (f32(2) * u - f32(1))
+            unit = int(np.floor(f32(unit) * factor))
         if a.channel_shift:
             wide = 2 * a.channel_shift + 1
             unit += naive_draw(key, 0, k) * wide // 2**32 - a.channel_shift
@@ -260,6 +265,8 @@ def test_augmentations_do_what_they_say_on_average():
 
     shifted = counts(channel_shift=10).sum((0, 1)).nonzero().ravel()
     assert shifted.tolist() == list(range(20, 41))
+    stretched = counts(channel_stretch=0.5).sum((0, 1)).nonzero().ravel()
+    assert stretched.tolist() == list(range(15, 45))
     last = 399 - counts(time_stretch=0.2).sum(2).flip(0).gt(0).int().argmax(0)
     assert 159 <= last.min() < 168 and 232 < last.max() <= 240
     kept = counts(drop=0.25).sum() / (S * n)
@@ -295,8 +302,8 @@ def test_an_impossible_binning_is_refused(options, expected):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("channel_shift", -1), ("time_stretch", 1.0), ("time_jitter", -0.1), ("drop", 1.0),
-    ("noise", math.nan), ("noise", 1e6),
+    ("channel_shift", -1), ("channel_stretch", 1.0), ("time_stretch", 1.0),
+    ("time_jitter", -0.1), ("drop", 1.0), ("noise", math.nan), ("noise", 1e6),
 ])  # fmt: skip
 def test_an_impossible_augmentation_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected 0 <= value"):

@@ -9,8 +9,8 @@ or on the number of processes. All arithmetic is exact in uint32, or float32 wit
 operation, so that kernels/binning.py and kernels/binning_cpu.py, compiled without fused
 multiply-add, draw the same.
 
-The changes come in this order: channel shift, stretch, jitter, drop. Noise events are added after
-them and are not themselves changed.
+The changes come in this order: channel stretch, channel shift, time stretch, jitter, drop. Noise
+events are added after them and are not themselves changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from gpn_triton.data.events import DeviceEvents
 
 # what a draw is for: the stream number of its hash
-SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = range(7)
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT, CHANNEL_STRETCH = range(8)
 MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 # both lie below 2^31, so that a product with 32 bits fits a signed 64-bit integer
@@ -47,6 +47,8 @@ class Augmentation:
         drop: probability with which each event is lost.
         noise: events added, as a share of the sample's: uniform over all channels and over the time
             from 0 to the sample's last event.
+        channel_stretch: the sample's channels are multiplied by 1 +- up to this share, and rounded
+            down: a vocal tract of another length, where channels are places on a membrane.
     Raises:
         ValueError: a value out of range.
     """
@@ -56,9 +58,10 @@ class Augmentation:
     time_jitter: float = 0.0
     drop: float = 0.0
     noise: float = 0.0
+    channel_stretch: float = 0.0
 
     def __post_init__(self):
-        top = {"time_stretch": 1, "drop": 1, "noise": 1 << 16}
+        top = {"channel_stretch": 1, "time_stretch": 1, "drop": 1, "noise": 1 << 16}
         for field in fields(self):
             value, below = getattr(self, field.name), top.get(field.name, math.inf)
             if not 0 <= value < below:
@@ -119,6 +122,11 @@ def below(draw: Tensor, n: int) -> Tensor:
     return (draw * n) >> 32
 
 
+def stretch_factor(draw: Tensor, share: float) -> Tensor:
+    """float32 in [1 - share, 1 + share)."""
+    return 1 + share * (2 * uniform(draw) - 1)
+
+
 def near_normal(draw: Tensor) -> Tensor:
     """float32, the centred sum of the draw's four bytes; its deviation is BYTES_DEVIATION."""
     pairs = (draw & 0xFF00FF) + ((draw >> 8) & 0xFF00FF)
@@ -128,7 +136,7 @@ def near_normal(draw: Tensor) -> Tensor:
 def change(
     augmentation: Augmentation, draws: Draws, t: Tensor, unit: Tensor, count: Tensor, channels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Events' times and units after shift, stretch, jitter and drop, and which of them stay.
+    """Events' times and units as augmented, but for noise, and which of them stay.
 
     Args:
         t [E] float32, unit [E] int64: the events of B samples, one sample behind the other.
@@ -137,14 +145,18 @@ def change(
         times, units, and weights [E] float32: 1 for an event that stays, 0 for another.
     """
     weight = torch.ones_like(t)
+    moved = unit
+    if augmentation.channel_stretch:
+        factor = stretch_factor(draws(CHANNEL_STRETCH), augmentation.channel_stretch)
+        moved = (moved.float() * spread(factor, count)).long()
     if augmentation.channel_shift:
         reach = augmentation.channel_shift
-        moved = unit + spread(below(draws(SHIFT), 2 * reach + 1) - reach, count)
+        moved = moved + spread(below(draws(SHIFT), 2 * reach + 1) - reach, count)
+    if moved is not unit:
         unit = moved.clamp(0, channels - 1)
         weight = weight * (unit == moved)
     if augmentation.time_stretch:
-        factor = 1 + augmentation.time_stretch * (2 * uniform(draws(STRETCH)) - 1)
-        t = t * spread(factor, count)
+        t = t * spread(stretch_factor(draws(STRETCH), augmentation.time_stretch), count)
     if augmentation.time_jitter:
         scale = augmentation.time_jitter / BYTES_DEVIATION
         t = t + near_normal(draws(JITTER, count)) * scale

@@ -189,6 +189,9 @@ class TrainConfig:
         shown="10 for synthetic, shd and ssc; 0 for other data and beside a preset",
         help="Shifts each training sample by up to so many channels either way, which helps where "
         "channels are places on a membrane, and does harm where each means something of its own.")
+    channel_stretch: float = _sets(Augmentation, "channel_stretch", metavar="F",
+        help="Multiplies each training sample's channels by 1 plus or minus up to this share, as a "
+        "vocal tract of another length does where channels are places on a membrane.")
     time_stretch: float = _sets(Augmentation, "time_stretch", metavar="F",
         help="Stretches or shrinks each training sample's time by up to this share.")
     time_jitter: float = _sets(Augmentation, "time_jitter", metavar="SECONDS",
