@@ -2,7 +2,8 @@
 
     counts[bin(t'), slot, channel(u')] += 1    for every event (t, u) of sample indices[slot]
 
-where t', u' are the event as augmented (stretches, shift, jitter, drop), and for the noise events.
+where t', u' are the event as augmented (stretches, shift, jitter, drop, gain), and for the noise
+events.
 Every random number is a hash of what it is for,
 
     draw(stream, sample, number) = mix(mix(mix(key ^ stream) ^ sample) ^ number)     uint32
@@ -51,9 +52,9 @@ CONVERT_BLOCK = 1024
 # no 16-bit counter of a longer sample could be trusted
 PACKED_EVENTS = (1 << 16) - 1
 
-SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT, CHANNEL_STRETCH = map(
-    tl.constexpr, range(8)
-)
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = map(tl.constexpr, range(7))
+CHANNEL_STRETCH, GAIN, GAIN_DROP = map(tl.constexpr, range(7, 10))
+KNOTS = tl.constexpr(8)
 GOLDEN = tl.constexpr(0x9E3779B9)
 MIX_1, MIX_2 = tl.constexpr(0x21F0AAAD), tl.constexpr(0x735A2D97)
 UNIT = tl.constexpr(2.0**-24)
@@ -100,6 +101,13 @@ def near_normal(bits):
 
 
 @triton.jit
+def gain_level(key, sample, knot, GAIN_TOP: tl.constexpr):
+    """At knots [BLOCK] int32 the probability with which an event is lost, in 2^-16; it is hashed
+    anew for each event, which needs no table."""
+    return below(draw(key, GAIN, sample, knot.to(tl.uint32)), GAIN_TOP + 1)
+
+
+@triton.jit
 def count_edges_below(t, edges_ptr, T, step):
     """How many of the sorted edges [T] lie below each t: the bin of the authors' style.
 
@@ -116,10 +124,12 @@ def count_edges_below(t, edges_ptr, T, step):
 
 @triton.jit
 def add_events(
-    t, unit, keep, slot, edges_ptr, counts_ptr, T, T_power, first, steps, B, channels, end, rate,
+    t, unit, keep, slot, edges_ptr, counts_ptr, totals_ptr, T, T_power, first, steps, B, channels,
+    end, rate,
     CHANNEL_BIN: tl.constexpr, AUTHORS: tl.constexpr, CLIP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Count the events of one slot that stay and lie in the window, in its bins first.. alone."""
+    """Count the events of one slot that stay and lie in the window, in its bins first.. alone; add
+    to its total those of all bins, where totals are wanted."""
     if AUTHORS:
         bin = count_edges_below(t, edges_ptr, T, T_power)
         keep &= (bin < T) & (unit > 0)
@@ -129,6 +139,8 @@ def add_events(
             keep &= (t >= 0) & (t < end)
         bin = tl.minimum(tl.maximum(t * rate, 0.0), (T - 1).to(tl.float32)).to(tl.int32)
         channel = unit // CHANNEL_BIN
+    if totals_ptr is not None:
+        tl.atomic_add(totals_ptr + slot, tl.sum(keep.to(tl.float32), 0), sem="relaxed")
     bin -= first
     keep &= (bin >= 0) & (bin < steps)
     cell = (bin.to(tl.int64) * B + slot) * tl.cdiv(channels, CHANNEL_BIN) + channel
@@ -143,18 +155,19 @@ def add_events(
 @triton.jit(do_not_specialize=["T", "T_power", "first_bin", "steps", "B", "channels"])
 def binning_count_kernel(
     times_ptr, units_ptr, offsets_ptr, numbers_ptr, indices_ptr, key_ptr, edges_ptr, counts_ptr,
-    T, T_power, first_bin, steps, B, channels, end, rate,
+    totals_ptr, T, T_power, first_bin, steps, B, channels, end, rate,
     CHANNEL_BIN: tl.constexpr, AUTHORS: tl.constexpr, CLIP: tl.constexpr, PACKED: tl.constexpr,
     SHIFT_BY: tl.constexpr, CHANNEL_STRETCH_BY: tl.constexpr, STRETCH_BY: tl.constexpr,
     JITTER_BY: tl.constexpr, DROP_BELOW: tl.constexpr, NOISE_SHARE: tl.constexpr,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    GAIN_TOP: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program per (slot, share of its events); each augmentation is off at 0.
 
     T_power: the largest power of two in T. first_bin, steps: the bins that are counted. end: of the
     window, seconds. rate: bins a second.
     SHIFT_BY: channels. CHANNEL_STRETCH_BY, STRETCH_BY: share. JITTER_BY: seconds a step of
-    near_normal. DROP_BELOW: in 2^-32. NOISE_SHARE: in 2^-16. What is off leaves no instruction.
+    near_normal. DROP_BELOW: in 2^-32. NOISE_SHARE, GAIN_TOP: in 2^-16. What is
+    off leaves no instruction.
     """
     slot = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
@@ -200,9 +213,16 @@ def binning_count_kernel(
             t = t + near_normal(draw(key, JITTER, sample, number.to(tl.uint32))) * JITTER_BY
         if DROP_BELOW > 0:
             keep &= draw(key, DROP, sample, number.to(tl.uint32)).to(tl.int64) >= DROP_BELOW
+        if GAIN_TOP > 0:
+            place = unit * ((KNOTS - 1) * 256) // channels
+            knot = place >> 8
+            level = gain_level(key, sample, knot, GAIN_TOP)
+            rise = gain_level(key, sample, knot + 1, GAIN_TOP) - level
+            level += (rise * (place & 255)) >> 8
+            keep &= (draw(key, GAIN_DROP, sample, number.to(tl.uint32)) >> 16).to(tl.int32) >= level
         add_events(
-            t, unit, keep, slot, edges_ptr, counts_ptr, T, T_power, first_bin, steps, B, channels,
-            end, rate, CHANNEL_BIN, AUTHORS, CLIP, PACKED,
+            t, unit, keep, slot, edges_ptr, counts_ptr, totals_ptr, T, T_power, first_bin, steps, B,
+            channels, end, rate, CHANNEL_BIN, AUTHORS, CLIP, PACKED,
         )  # fmt: skip
 
     if NOISE_SHARE > 0:
@@ -215,17 +235,33 @@ def binning_count_kernel(
             t = uniform(draw(key, NOISE_TIME, sample, number)) * last
             unit = below(draw(key, NOISE_UNIT, sample, number), channels)
             add_events(
-                t, unit, begin + lane < added, slot, edges_ptr, counts_ptr, T, T_power, first_bin,
+                t, unit, begin + lane < added, slot, edges_ptr, counts_ptr, totals_ptr, T, T_power,
+                first_bin,
                 steps, B, channels, end, rate, CHANNEL_BIN, AUTHORS, CLIP, PACKED,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["cells"])
-def binning_convert_kernel(counts_ptr, cells, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Counters of 16 bits to floats of DTYPE, in place; the bits of 0 are those of 0.0."""
+@triton.jit(do_not_specialize=["cells", "B", "columns", "window"])
+def binning_convert_kernel(
+    counts_ptr, totals_ptr, cells, B, columns, window,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Counters of 16 bits to floats of DTYPE, in place; the bits of 0 are those of 0.0.
+
+    Not PACKED: counts are float32. Where there are totals [B], a count n becomes log(1 + n window /
+    total), window being the cells of a sample's whole window.
+    """
     cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(counts_ptr + cell, mask=cell < cells, other=0).to(tl.int32) & 0xFFFF
-    value = count.to(tl.float32).to(DTYPE).to(tl.int16, bitcast=True)
+    count = tl.load(counts_ptr + cell, mask=cell < cells, other=0)
+    if PACKED:
+        count = count.to(tl.int32) & 0xFFFF
+    value = count.to(tl.float32)
+    if totals_ptr is not None:
+        slot = (cell // columns) % B
+        total = tl.load(totals_ptr + slot, mask=count != 0, other=1.0)
+        value = tl.log(1.0 + value * (window / total))
+    if PACKED:
+        value = value.to(DTYPE).to(tl.int16, bitcast=True)
     tl.store(counts_ptr + cell, value, mask=count != 0)
 
 
@@ -259,6 +295,7 @@ def binning_count(
     shape = (last - first, B, config.columns(channels))
     cells = math.prod(shape)
     shift_by, channel_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0.0, 0, 0
+    gain_top = 0
     if augmentation is not None:
         shift_by, stretch_by = augmentation.channel_shift, augmentation.time_stretch
         channel_by = augmentation.channel_stretch
@@ -266,6 +303,7 @@ def binning_count(
         jitter_by = augmentation.time_jitter / math.sqrt(4 * (256**2 - 1) / 12)
         drop_below = round(augmentation.drop * 2**32)
         noise_share = round(augmentation.noise * 65536)
+        gain_top = round(augmentation.channel_gain * 65536)
     most = longest + (longest * noise_share >> 16) + 1
     packed = config.dtype in TL_DTYPES and most <= PACKED_EVENTS
     if packed:
@@ -277,22 +315,26 @@ def binning_count(
     if cells == 0:
         return out.to(config.dtype)
 
+    log = config.scale == "log"
+    totals = torch.zeros(B, device=times.device) if log else None
     authors, edges = config.style == "authors", None
     if authors:
         edges = torch.arange(T, dtype=torch.float64, device=times.device) * (1 / T)
         edges = edges.half().float()
     binning_count_kernel[(B, SPLIT)](
-        times, units, offsets, numbers, indices, key, edges, counts,
+        times, units, offsets, numbers, indices, key, edges, counts, totals,
         T, 1 << (T.bit_length() - 1), first, last - first, B, channels, float(config.max_time),
         T / config.max_time,
         CHANNEL_BIN=config.channel_bin, AUTHORS=authors, CLIP=config.overflow == "clip",
         PACKED=packed, SHIFT_BY=shift_by, CHANNEL_STRETCH_BY=channel_by, STRETCH_BY=stretch_by,
-        JITTER_BY=jitter_by, DROP_BELOW=drop_below, NOISE_SHARE=noise_share, BLOCK=BLOCK,
-        SPLIT=SPLIT,
+        JITTER_BY=jitter_by, DROP_BELOW=drop_below, NOISE_SHARE=noise_share,
+        GAIN_TOP=gain_top, BLOCK=BLOCK, SPLIT=SPLIT,
         num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
-    if packed:
+    if packed or log:
         binning_convert_kernel[(triton.cdiv(cells, CONVERT_BLOCK),)](
-            out.view(torch.int16), cells, DTYPE=TL_DTYPES[config.dtype], BLOCK=CONVERT_BLOCK
-        )
+            out.view(torch.int16) if packed else out, totals, cells, B, shape[2],
+            float(T * shape[2]), PACKED=packed, DTYPE=TL_DTYPES.get(config.dtype, tl.float32),
+            BLOCK=CONVERT_BLOCK,
+        )  # fmt: skip
     return out.to(config.dtype)

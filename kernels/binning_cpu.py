@@ -2,7 +2,8 @@
 
     cell = (bin(t') B + slot) columns + channel(u')     for every event (t, u) of indices[slot]
 
-where t', u' are the event as augmented (stretches, shift, jitter, drop), and for the noise events;
+where t', u' are the event as augmented (stretches, shift, jitter, drop, gain), and for the noise
+events;
 draws and the order of changes are those of kernels/binning.py.
 
 Grid. A thread takes samples one by one; no two samples share a cell. Counts are written at once. A
@@ -27,7 +28,9 @@ from torch import Tensor
 
 from gpn_triton.kernels.cpu import EXACT, exact_inner, kernel, run, take
 
-SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT, CHANNEL_STRETCH = range(8)
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = range(7)
+CHANNEL_STRETCH, GAIN, GAIN_DROP = range(7, 10)
+KNOTS = 8
 MASK, GOLDEN, MIX_1, MIX_2 = 0xFFFFFFFF, 0x9E3779B9, 0x21F0AAAD, 0x735A2D97
 ONE, TWO, UNIT, CENTRE = (np.float32(c) for c in (1, 2, 2.0**-24, 510))
 
@@ -68,7 +71,8 @@ def near_normal(bits):
 
 @exact_inner
 def place(t, unit, slot, edges, T, first, steps, B, channels, channel_bin, end, rate, clip):
-    """The cell of an event as augmented; -1 if it lies outside the window or its bins first.."""
+    """The cell of an event as augmented; -1 if it lies outside the window, -2 in it, but not in its
+    bins first.."""
     columns = (channels + channel_bin - 1) // channel_bin
     if len(edges):
         # the authors' style: as many edges below t as bins before it
@@ -79,8 +83,10 @@ def place(t, unit, slot, edges, T, first, steps, B, channels, channel_bin, end, 
                 bin = middle + 1
             else:
                 last = middle
-        if bin >= T or unit == 0 or not (first <= bin < first + steps):
+        if bin >= T or unit == 0:
             return -1
+        if not (first <= bin < first + steps):
+            return -2
         return ((bin - first) * B + slot) * columns + channels - unit
     if not clip and not (0 <= t < end):
         return -1
@@ -88,21 +94,22 @@ def place(t, unit, slot, edges, T, first, steps, B, channels, channel_bin, end, 
     at = min(max(at, np.float32(0)), np.float32(T - 1))
     bin = np.int64(at)
     if not (first <= bin < first + steps):
-        return -1
+        return -2
     return ((bin - first) * B + slot) * columns + unit // channel_bin
 
 
 @kernel(options=EXACT)
 def binning_kernel(
-    counter, times, units, offsets, numbers, indices, room, edges, cell, counts, row_count,
+    counter, times, units, offsets, numbers, indices, room, edges, cell, counts, row_count, totals,
     key_0, key_1, T, first_bin, steps, B, channels, channel_bin, end, rate, clip,
-    shift_by, channel_stretch_by, stretch_by, jitter_by, drop_below, noise_share,
+    shift_by, channel_stretch_by, stretch_by, jitter_by, drop_below, noise_share, gain_top,
 ):  # fmt: skip
     """Place the events of the samples this thread takes.
 
     Of the T bins of the window the `steps` from first_bin on are placed. counts [steps B columns]
     float32 are added to; where they are empty, cell and row_count [steps B] are written instead, a
-    sample's from room[slot] on, in order, with -1 behind the last.
+    sample's from room[slot] on, in order, with -1 behind the last. totals [B] float32 are added to
+    by the sample's events in the whole window.
     """
     columns = (channels + channel_bin - 1) // channel_bin
     listed = len(counts) == 0
@@ -122,6 +129,10 @@ def binning_kernel(
         if channel_stretch_by > 0:
             bits = draw(key, CHANNEL_STRETCH, number, 0)
             channel_factor = stretch_factor(bits, channel_stretch_by)
+        levels = np.zeros(KNOTS, np.int64)
+        if gain_top > 0:
+            for k in range(KNOTS):
+                levels[k] = (draw(key, GAIN, number, k) * (gain_top + 1)) >> 32
         added = np.int64(0)
         if noise_share > 0:
             # rounded up or down at random
@@ -140,6 +151,11 @@ def binning_kernel(
                     t = t + near_normal(draw(key, JITTER, number, e)) * jitter_by
                 if drop_below > 0:
                     keep = keep and draw(key, DROP, number, e) >= drop_below
+                if keep and gain_top > 0:
+                    place_256 = unit * ((KNOTS - 1) * 256) // channels
+                    k, beyond = place_256 >> 8, place_256 & 255
+                    level = levels[k] + (((levels[k + 1] - levels[k]) * beyond) >> 8)
+                    keep = draw(key, GAIN_DROP, number, e) >> 16 >= level
                 if not keep:
                     continue
             else:
@@ -148,6 +164,7 @@ def binning_kernel(
             c = place(
                 t, unit, slot, edges, T, first_bin, steps, B, channels, channel_bin, end, rate, clip
             )
+            totals[slot] += c != -1
             if c < 0:
                 continue
             if listed:
@@ -179,13 +196,16 @@ def listing_kernel(counter, cell, room, place, channel, B, columns):
 
 def _place(
     events, indices, config, augmentation, key, steps, cell, counts, row_count, room
-) -> None:
-    """Run binning_kernel."""
+) -> Tensor:
+    """Run binning_kernel; returns each sample's events in the window [B] float32."""
+    totals = torch.zeros(len(indices))
     shift_by, channel_by, stretch_by, jitter_by, drop_below, noise_share = 0, 0.0, 0.0, 0.0, 0, 0
+    gain_top = 0
     key_0, key_1 = 0, 0
     if augmentation is not None:
         shift_by, stretch_by = augmentation.channel_shift, augmentation.time_stretch
         channel_by = augmentation.channel_stretch
+        gain_top = round(augmentation.channel_gain * 65536)
         # the sum of four uniform bytes has this deviation
         jitter_by = augmentation.time_jitter / math.sqrt(4 * (256**2 - 1) / 12)
         drop_below = round(augmentation.drop * 2**32)
@@ -200,15 +220,18 @@ def _place(
     run(
         binning_kernel, torch.get_num_threads(), B, events.times.numpy(),
         events.units.numpy().view(np.uint16), events.offsets.numpy(), numbers,
-        indices.contiguous().numpy(), room, edges, cell, counts, row_count, key_0, key_1, T, first,
-        last - first, B, events.num_channels, config.channel_bin, np.float32(config.max_time),
-        np.float32(T / config.max_time), config.overflow == "clip", shift_by,
-        np.float32(channel_by), np.float32(stretch_by), np.float32(jitter_by), drop_below,
-        noise_share,
+        indices.contiguous().numpy(), room, edges, cell, counts, row_count, totals.numpy(), key_0,
+        key_1, T, first, last - first, B, events.num_channels, config.channel_bin,
+        np.float32(config.max_time), np.float32(T / config.max_time), config.overflow == "clip",
+        shift_by, np.float32(channel_by), np.float32(stretch_by), np.float32(jitter_by), drop_below,
+        noise_share, gain_top,
     )  # fmt: skip
+    return totals
 
 
-def binning_count(events, indices: Tensor, config, augmentation, key, steps=None) -> Tensor:
+def binning_count(
+    events, indices: Tensor, config, augmentation, key, steps=None
+) -> tuple[Tensor, Tensor]:
     """Count the events of some samples.
 
     Args:
@@ -216,15 +239,16 @@ def binning_count(events, indices: Tensor, config, augmentation, key, steps=None
             an Augmentation, or None; key: its two numbers. steps: first and last + 1 of the time
             bins that are wanted; None: all.
     Returns:
-        counts [T, B, columns] float32, T being the number of bins wanted.
+        counts [T, B, columns] float32, T being the number of bins wanted; each sample's events in
+        the whole window [B] float32.
     """
     counts = torch.zeros(config.shape(events, indices, steps))
     none = np.empty(0, np.int32)
     room = np.zeros(len(indices) + 1, np.int64)
-    _place(
+    totals = _place(
         events, indices, config, augmentation, key, steps, none, counts.view(-1).numpy(), none, room
     )  # fmt: skip
-    return counts
+    return counts, totals
 
 
 def binning_list(

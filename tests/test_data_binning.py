@@ -21,11 +21,15 @@ from tests.stores import make_store, store_of
 f32 = np.float32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "cpu", *(["triton"] if importlib.util.find_spec("triton") else []))
-SHIFT, EVERYTHING = Augmentation(channel_shift=30), Augmentation(20, 0.1, 0.005, 0.1, 0.1, 0.2)
+SHIFT, EVERYTHING = (
+    Augmentation(channel_shift=30),
+    Augmentation(20, 0.1, 0.005, 0.1, 0.1, 0.2, 0.4),
+)
 AUGMENTATIONS = {
     "shift": SHIFT,
     "a shift beyond all channels": Augmentation(channel_shift=5000),
     "channel stretch": Augmentation(channel_stretch=0.4),
+    "channel gain": Augmentation(channel_gain=0.7),
     "stretch": Augmentation(time_stretch=0.3),
     "jitter": Augmentation(time_jitter=0.02),
     "a jitter of seconds": Augmentation(time_jitter=3.0),
@@ -73,6 +77,12 @@ def naive_events(store, k, augmentation, key):
             z = sum(naive_draw(key, 2, k, j).to_bytes(4, "little")) - 510
             t = t + f32(z) * f32(a.time_jitter / math.sqrt((256**2 - 1) / 3))
         dropped = a.drop and naive_draw(key, 3, k, j) < round(a.drop * 2**32)
+        if a.channel_gain and 0 <= unit < store.num_channels:
+            place = unit * 7 * 256 // store.num_channels
+            top = round(a.channel_gain * 2**16) + 1
+            low, high = (naive_draw(key, 8, k, place // 256 + m) * top // 2**32 for m in (0, 1))
+            level = low + (high - low) * (place % 256) // 256
+            dropped = dropped or naive_draw(key, 9, k, j) // 2**16 < level
         if not dropped and 0 <= unit < store.num_channels:
             events.append((t, unit))
     added = (int(last - first) * round(a.noise * 65536) + (naive_draw(key, 4, k) >> 16)) // 65536
@@ -222,6 +232,31 @@ def test_augmented_counts_are_those_of_a_loop(name, overflow):
         assert torch.equal(counts, plain) == (name == "nothing")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logarithms_are_of_counts_over_the_samples_mean(backend, dtype):
+    samples = [(np.linspace(0, 0.9, n), [7 * k % 30 for k in range(n)]) for n in (90, 0, 9)]
+    store = store_of(*samples, channels=30)
+    events = DeviceEvents(store, DEVICE if backend == "triton" else "cpu")
+    indices = torch.tensor([2, 0, 1], device=events.labels.device)
+    options = dict(time_bins=6, channel_bin=4, dtype=dtype)
+
+    def binned(scale, steps=None):
+        config = BinningConfig(**options, scale=scale)
+        return bin_batch(events, indices, config, EVERYTHING, (3, 1), backend, steps).float().cpu()
+
+    counts, logs = binned("counts"), binned("log")
+    mean = counts.mean((0, 2), keepdim=True)
+    expected = torch.where(mean > 0, counts / mean, 0).log1p()
+    torch.testing.assert_close(
+        logs, expected, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=0
+    )
+    assert logs[:, 0].any() and not logs[:, 2].any()
+    # the mean is the whole sample's, whatever is taken of it
+    pieces = torch.cat([binned("log", (0, 4)), binned("log", (4, 6))])
+    assert torch.equal(pieces, logs)
+
+
 def test_a_draw_does_not_depend_on_the_batch_and_changes_with_the_key():
     events, config = DeviceEvents(make_store(9)), BinningConfig(25, 1.0)
 
@@ -267,6 +302,9 @@ def test_augmentations_do_what_they_say_on_average():
     assert shifted.tolist() == list(range(20, 41))
     stretched = counts(channel_stretch=0.5).sum((0, 1)).nonzero().ravel()
     assert stretched.tolist() == list(range(15, 45))
+    # the mean of a probability between 0 and 0.8 is 0.4; samples differ in theirs
+    weakened = counts(channel_gain=0.8).sum((0, 2)) / n
+    assert abs(weakened.mean() - 0.6) < 0.06 and weakened.min() < 0.3 and weakened.max() > 0.9
     last = 399 - counts(time_stretch=0.2).sum(2).flip(0).gt(0).int().argmax(0)
     assert 159 <= last.min() < 168 and 232 < last.max() <= 240
     kept = counts(drop=0.25).sum() / (S * n)
@@ -295,6 +333,8 @@ def test_augmentations_do_what_they_say_on_average():
     (dict(style="authors", max_time=1.4), "max_time: the authors' .* only 1.0"),
     (dict(style="authors", channel_bin=5), "channel_bin: the authors' .* only 1"),
     (dict(style="authors", overflow="clip"), "overflow: the authors' .* only drop"),
+    (dict(style="authors", scale="log"), "scale: the authors' .* only counts"),
+    (dict(scale="sqrt"), "scale: expected one of counts, log, got 'sqrt'"),
 ])  # fmt: skip
 def test_an_impossible_binning_is_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
@@ -302,7 +342,8 @@ def test_an_impossible_binning_is_refused(options, expected):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("channel_shift", -1), ("channel_stretch", 1.0), ("time_stretch", 1.0),
+    ("channel_shift", -1), ("channel_stretch", 1.0), ("channel_gain", 1.0),
+    ("time_stretch", 1.0),
     ("time_jitter", -0.1), ("drop", 1.0), ("noise", math.nan), ("noise", 1e6),
 ])  # fmt: skip
 def test_an_impossible_augmentation_is_refused(name, value):

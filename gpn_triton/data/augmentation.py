@@ -9,8 +9,8 @@ or on the number of processes. All arithmetic is exact in uint32, or float32 wit
 operation, so that kernels/binning.py and kernels/binning_cpu.py, compiled without fused
 multiply-add, draw the same.
 
-The changes come in this order: channel stretch, channel shift, time stretch, jitter, drop. Noise
-events are added after them and are not themselves changed.
+The changes come in this order: channel stretch, channel shift, time stretch, jitter, drop, gain.
+Noise events are added after them and are not themselves changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from torch import Tensor
 from gpn_triton.data.events import DeviceEvents
 
 # what a draw is for: the stream number of its hash
-SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT, CHANNEL_STRETCH = range(8)
+SHIFT, STRETCH, JITTER, DROP, NOISE_COUNT, NOISE_TIME, NOISE_UNIT = range(7)
+CHANNEL_STRETCH, GAIN, GAIN_DROP = range(7, 10)
+# of the channels' gain, which is drawn at so many places and linear between them
+KNOTS = 8
 MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 # both lie below 2^31, so that a product with 32 bits fits a signed 64-bit integer
@@ -49,6 +52,8 @@ class Augmentation:
             from 0 to the sample's last event.
         channel_stretch: the sample's channels are multiplied by 1 +- up to this share, and rounded
             down: a vocal tract of another length, where channels are places on a membrane.
+        channel_gain: the sample loses events with a probability that goes smoothly along the
+            channels, drawn between 0 and this at KNOTS places: another microphone or voice.
     Raises:
         ValueError: a value out of range.
     """
@@ -59,9 +64,16 @@ class Augmentation:
     drop: float = 0.0
     noise: float = 0.0
     channel_stretch: float = 0.0
+    channel_gain: float = 0.0
 
     def __post_init__(self):
-        top = {"channel_stretch": 1, "time_stretch": 1, "drop": 1, "noise": 1 << 16}
+        top = {
+            "channel_stretch": 1,
+            "time_stretch": 1,
+            "drop": 1,
+            "channel_gain": 1,
+            "noise": 1 << 16,
+        }
         for field in fields(self):
             value, below = getattr(self, field.name), top.get(field.name, math.inf)
             if not 0 <= value < below:
@@ -88,10 +100,11 @@ class Draws:
         whole = events.numbers
         return cls(key, indices if whole is None else whole.index_select(0, indices))
 
-    def __call__(self, stream: int, count: Tensor | None = None) -> Tensor:
-        """One draw a sample [B] int64, or one for each of count [B] events of the samples."""
+    def __call__(self, stream: int, count: Tensor | None = None, number: int = 0) -> Tensor:
+        """One draw a sample [B] int64, its `number`-th, or one for each of count [B] events of the
+        samples."""
         h = fold(fold(self.key, stream), self.numbers)
-        return fold(h, 0) if count is None else fold(spread(h, count), ranks(count))
+        return fold(h, number) if count is None else fold(spread(h, count), ranks(count))
 
 
 def fold(h: Tensor | int, word: Tensor | int) -> Tensor | int:
@@ -162,7 +175,22 @@ def change(
         t = t + near_normal(draws(JITTER, count)) * scale
     if augmentation.drop:
         weight = weight * (draws(DROP, count) >= round(augmentation.drop * 2**32))
+    if augmentation.channel_gain:
+        weight = weight * ~_weakened(augmentation.channel_gain, draws, unit, count, channels)
     return t, unit, weight
+
+
+def _weakened(share: float, draws: Draws, unit: Tensor, count: Tensor, channels: int) -> Tensor:
+    """Which events [E] bool the channels' gain takes away; all of it in whole numbers."""
+    top = round(share * 65536)
+    levels = torch.stack([below(draws(GAIN, number=k), top + 1) for k in range(KNOTS)], 1)
+    place = unit * ((KNOTS - 1) * 256) // channels
+    knot, beyond = place >> 8, place & 255
+    first = torch.arange(len(count), device=unit.device) * KNOTS
+    left = spread(first, count) + knot
+    level, following = (levels.flatten().index_select(0, left + k) for k in (0, 1))
+    level = level + ((following - level) * beyond >> 8)
+    return draws(GAIN_DROP, count) >> 16 < level
 
 
 def noise_events(

@@ -2,8 +2,13 @@
 
 This is the specification, and the choice of kernels/binning.py on a GPU and kernels/binning_cpu.py
 on a CPU. Events are augmented first (see data/augmentation.py) and then fall into a time bin and a
-channel. Times are float32 with one rounding an operation, so that the kernels, compiled without
-fused multiply-add, reproduce every count.
+channel. Where the scale is log, a count n becomes
+
+    log(1 + n / m)        m = the sample's events in the window / (T columns)
+
+which loudness does not change; a sample without events stays 0. Times are float32 with one rounding
+an operation, so that the kernels, compiled without fused multiply-add, reproduce every count;
+logarithms differ in their last bits.
 """
 
 import math
@@ -31,6 +36,7 @@ Key = Tensor | tuple[int, int]
 Steps = tuple[int, int] | None
 STYLES = ("counts", "authors")
 OVERFLOWS = ("drop", "clip")
+SCALES = ("counts", "log")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # events a cell up to which a sorted list of them is faster than dense counts, from binning to the
@@ -53,6 +59,7 @@ class BinningConfig:
             in ((i - 1) / T, i / T] of a 1 s clock, so that bin 0 holds t <= 0 only and all after
             (T - 1) / T s is lost (edges are rounded to float16, as a comparison with float16 times
             rounds them); unit 0 is lost; unit u counts in column C - u, and column 0 is empty.
+        scale: what a count n becomes: n (counts), or log(1 + n / m) as above (log).
         dtype: of the counts: float32, float16 (exact to 2048) or bfloat16 (exact to 256).
     Raises:
         ValueError: a value out of range, or an option that the authors' style does not have.
@@ -64,9 +71,12 @@ class BinningConfig:
     overflow: str = "drop"
     style: str = "counts"
     dtype: torch.dtype = torch.float32
+    scale: str = "counts"
 
     def __post_init__(self):
-        for name, choices in (("style", STYLES), ("overflow", OVERFLOWS), ("dtype", DTYPES)):
+        for name, choices in (
+            ("style", STYLES), ("overflow", OVERFLOWS), ("dtype", DTYPES), ("scale", SCALES),
+        ):  # fmt: skip
             if (value := getattr(self, name)) not in choices:
                 known = ", ".join(map(str, choices))
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
@@ -76,7 +86,9 @@ class BinningConfig:
         if not 0 < self.max_time < math.inf:
             raise ValueError(f"max_time: expected seconds above 0, got {self.max_time!r}")
         if self.style == "authors":
-            for name, only in (("max_time", 1.0), ("channel_bin", 1), ("overflow", "drop")):
+            for name, only in (
+                ("max_time", 1.0), ("channel_bin", 1), ("overflow", "drop"), ("scale", "counts"),
+            ):  # fmt: skip
                 if (value := getattr(self, name)) != only:
                     raise ValueError(
                         f"{name}: the authors' binning knows only {only}, got {value!r}"
@@ -118,7 +130,10 @@ def batch_input(
 
 
 def prefers_cells(events: DeviceEvents, config: BinningConfig) -> bool:
-    """Whether bin_cells and event_linear are faster than bin_batch and a Linear."""
+    """Whether bin_cells and event_linear are faster than bin_batch and a Linear; a list of events
+    knows counts alone."""
+    if config.scale != "counts":
+        return False
     cells = config.time_bins * config.columns(events.num_channels)
     return events.times.device.type == "cpu" and events.mean / cells <= CELLS_DENSITY
 
@@ -159,7 +174,11 @@ def bin_batch(
     if how == "cpu":
         from gpn_triton.kernels import binning_cpu
 
-        counts = binning_cpu.binning_count(events, indices, config, augmentation, draw_key, steps)
+        counts, totals = binning_cpu.binning_count(
+            events, indices, config, augmentation, draw_key, steps
+        )
+        if config.scale == "log":
+            counts.mul_(level(totals, config, events.num_channels)[:, None]).log1p_()
         return counts.to(config.dtype)
     if how == "triton":
         from gpn_triton.kernels.binning import binning_count
@@ -175,10 +194,19 @@ def bin_batch(
             )  # fmt: skip
 
     counts = torch.zeros(config.shape(events, indices, steps), device=indices.device)
-    cell, weight = _cells(events, indices, config, augmentation, draw_key, steps)
+    cell, weight, slot, inside = _cells(events, indices, config, augmentation, draw_key, steps)
     # sums of ones are exact in float32, in whatever order
-    counts.view(-1).scatter_add_(0, cell, weight)
+    counts.view(-1).scatter_add_(0, cell, weight * inside)
+    if config.scale == "log":
+        totals = torch.zeros(len(indices), device=indices.device).scatter_add_(0, slot, weight)
+        counts.mul_(level(totals, config, events.num_channels)[:, None]).log1p_()
     return counts.to(config.dtype)
+
+
+def level(totals: Tensor, config: BinningConfig, channels: int) -> Tensor:
+    """1 / m [B] float32 of samples with so many events in the window; 0 for a sample without."""
+    cells = config.time_bins * config.columns(channels)
+    return torch.where(totals > 0, cells / totals, 0.0)
 
 
 def bin_cells(
@@ -213,9 +241,9 @@ def _check(indices: Tensor, augmentation: Augmentation | None, draw_key: Key | N
 def _cells(
     events: DeviceEvents, indices: Tensor, config: BinningConfig, augmentation: Augmentation | None,
     draw_key: Key | None, steps: Steps,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Each event's place in counts.flatten() [E] int64, and 1 for an event that stays, 0 for
-    another [E] float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Each event's place in counts.flatten() [E] int64; 1 for an event that stays in the window, 0
+    for another [E] float32; its slot [E] int64; and whether its bin is wanted [E] bool."""
     bins, B, columns = config.shape(events, indices, steps)
     first, end = (events.offsets.index_select(0, indices + k) for k in (0, 1))
     count = end - first
@@ -233,11 +261,10 @@ def _cells(
             slot = torch.cat([slot, spread(slots, noise[2])])
             weight = torch.cat([weight, torch.ones_like(noise[0])])
     bin, channel, inside = _place(config, t, unit, events.num_channels)
-    if steps is not None:
-        bin = bin - steps[0]
-        inside = inside * ((bin >= 0) & (bin < bins))
-        bin = bin.clamp(0, bins - 1)
-    return (bin * B + slot) * columns + channel, weight * inside
+    bin = bin - (steps or (0, 0))[0]
+    wanted = (bin >= 0) & (bin < bins)
+    bin = bin.clamp(0, bins - 1)
+    return (bin * B + slot) * columns + channel, weight * inside, slot, wanted
 
 
 def _place(

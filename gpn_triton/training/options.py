@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gpn_triton.data.binning import OVERFLOWS, STYLES, Augmentation, BinningConfig
+from gpn_triton.data.binning import OVERFLOWS, SCALES, STYLES, Augmentation, BinningConfig
 from gpn_triton.data.datasets import DATASETS, DENSE, MADE
 from gpn_triton.data.events import MAX_CHANNELS
 from gpn_triton.data.hold_out import METHODS
@@ -181,6 +181,10 @@ class TrainConfig:
         "in the last bin (clip).")
     channel_bin: int = _sets(BinningConfig, "channel_bin", metavar="K",
         help="Sums so many neighbouring input channels into one; 5 makes 140 of 700.")
+    scale: str = _sets(BinningConfig, "scale", choices=SCALES,
+        help="Chooses what the network sees of a bin's count n: n itself (counts), or log(1 + n / "
+        "m), m being the sample's mean count, which does not change with loudness but is known "
+        "only when the sample is over (log).")
     binning: str = _sets(BinningConfig, "style", choices=STYLES,
         help="Chooses how events are counted: each in its bin (counts), or with the habits of the "
         "authors' pipeline, which loses the last bin and one channel (authors).")
@@ -192,6 +196,9 @@ class TrainConfig:
     channel_stretch: float = _sets(Augmentation, "channel_stretch", metavar="F",
         help="Multiplies each training sample's channels by 1 plus or minus up to this share, as a "
         "vocal tract of another length does where channels are places on a membrane.")
+    channel_gain: float = _sets(Augmentation, "channel_gain", metavar="F",
+        help="Drops each training sample's events with a probability between 0 and this, which "
+        "goes smoothly along the channels, as another microphone or voice does.")
     time_stretch: float = _sets(Augmentation, "time_stretch", metavar="F",
         help="Stretches or shrinks each training sample's time by up to this share.")
     time_jitter: float = _sets(Augmentation, "time_jitter", metavar="SECONDS",

@@ -297,13 +297,20 @@ class TrainedRun:
         Args:
             time_bins: their number. max_time: the window, in seconds.
         Raises:
-            ValueError: the network's time step cannot be changed.
+            ValueError: the network's time step cannot be changed, or its inputs are logarithms of
+                counts.
         """
         old = self.config
         config = dataclasses.replace(old, time_bins=time_bins, max_time=max_time)
         before, now = old.max_time / old.time_bins, max_time / time_bins
         if now == before:
             return dataclasses.replace(self, config=config), "on bins as long as in training"
+        if old.scale != "counts":
+            raise ValueError(
+                f"time_bins: expected bins as long as in training with scale {old.scale}, whose "
+                f"inputs do not go with a bin's length, got {1e3 * now:.4g} ms, not "
+                f"{1e3 * before:.4g}"
+            )
         model = copy.deepcopy(self.model)
         change_time_step(model, now / before)
         return dataclasses.replace(self, config=config, model=model), (
