@@ -23,7 +23,7 @@ from gpn_triton.machine import interrupt
 from gpn_triton.machine.figure import new_figure
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training.options import ABOVE_0, TrainConfig
-from gpn_triton.training.parser import Parser, add_options, configuration
+from gpn_triton.training.parser import Parser, add_options, configuration, given_options
 from gpn_triton.training.run import Interrupted
 
 RATES = (5e-4, 2e-3, 8e-3)
@@ -105,8 +105,10 @@ def parse(argv: list[str] | None) -> Grid:
             raise ValueError(f"{name}: expected {expected}, got {' '.join(map(str, values))}")
     if quick:
         flags = QUICK | (QUICK_SAMPLES if data == ["synthetic"] else {}) | flags
-    # the paper's grid starts as the paper does
-    base = configuration({"init": "paper", **flags, **_files(data)})
+    if "preset" not in given_options(flags):
+        # the paper's grid starts as the paper does
+        flags = {"init": "paper", **flags}
+    base = configuration({**flags, **_files(data)})
     neurons, rates = list(dict.fromkeys(neurons)), list(dict.fromkeys(rates))
     speakers = _speakers(base) if protocol == LEAVE_OUT else (None,)
     return Grid(base, neurons, rates, Path(out), jobs, speakers=speakers)

@@ -77,7 +77,7 @@ class TrainConfig:
     # fmt: off
     preset: str | None = option("Run", None, newcomer=True, result=False, choices=PRESETS,
         metavar="NAME",
-        help=f"Starts from a published set-up ({', '.join(PRESETS)}); options given beside it win.")
+        help=f"Starts from a set-up ({', '.join(PRESETS)}); options given beside it win.")
     config: str | None = option("Run", None, result=False, metavar="FILE.toml",
         help="Reads options from a TOML file whose keys are named as the flags; flags win over the "
         "file, the file wins over --preset.")
