@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "time_bins": 25, "channel_bin": 10, "scale": "log", "channel_shift": 15,
         "channel_stretch": 0.05, "channel_gain": 0.8, "time_stretch": 0.4, "lr": 2e-3,
-        "batch_size": 32, "epochs": 60, "init": "quiet",
+        "batch_size": 32, "epochs": 30, "init": "quiet",
     },
 }  # fmt: skip
 
