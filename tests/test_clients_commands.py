@@ -123,6 +123,7 @@ def test_options_without_effect_are_refused_in_a_file_too(tmp_path):
         ("", 10), ("--dataset shd", 10), ("--train-file a.h5", 0), ("--dataset a.h5", 0),
         ("--train-file a.h5 --channel-shift 10", 10), ("--preset shd-small", 0),
         ("--preset shd-small --channel-shift 3", 3), ("--resume old", 10),
+        ("--preset best --train-file a.h5", 15),
     ],
 )  # fmt: skip
 def test_channels_are_shifted_where_they_are_places_on_a_membrane(argv, shift, here):

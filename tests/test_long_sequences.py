@@ -195,6 +195,15 @@ def test_predictions_on_other_bins_say_how_they_were_made(tmp_path, capsys):
     assert "trained on bins of 111.1 ms, converted to bins of 27.78 ms: decays" in said[2]
     assert predict.main([str(run), str(file), "--time-bins", "0"]) == 2
     assert "time_bins: expected" in capsys.readouterr().err
+    run = make_run(tmp_path / "log", scale="log")
+    assert predict.main([str(run), str(file), "--time-bins", "36"]) == 2
+    assert "time_bins: expected bins as long as in training with scale log" in (
+        capsys.readouterr().err
+    )
+    assert predict.main([str(run), str(file), "--out", "-"]) == 0
+    whole = capsys.readouterr().out
+    assert predict.main([str(run), str(file), "--out", "-", "--stream"]) == 0
+    assert capsys.readouterr().out == whole
 
 
 def test_training_goes_on_from_another_run_s_weights_at_finer_bins(tmp_path, capsys):

@@ -125,6 +125,13 @@ def test_each_speaker_is_left_out_once_and_the_interval_is_over_speakers(tmp_pat
     assert interval([50, 60, 70]) == "60.0 (35.2 to 84.8)"
 
 
+def test_a_grid_starts_as_the_paper_does_unless_a_preset_says_otherwise():
+    assert reproduce.parse(["synthetic"]).base.init == "paper"
+    assert reproduce.parse(["synthetic", "--init", "quiet"]).base.init == "quiet"
+    best = reproduce.parse(["synthetic", "--preset", "best"]).base
+    assert (best.init, best.scale, best.channel_shift) == ("quiet", "log", 15)
+
+
 def test_leaving_speakers_out_trains_on_the_others(tmp_path, capsys):
     write_events(tmp_path / "three.h5", make_store(60, speakers=3))
     write_events(tmp_path / "two.h5", make_store(20, speakers=2))
