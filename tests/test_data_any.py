@@ -188,11 +188,12 @@ def test_files_of_one_set_have_the_channels_that_one_says_or_the_most(tmp_path, 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_gives_the_counts_that_training_sees(workers):
     store = make_store(10, channels=30)
-    data = EventDataset(store, 6, 1.1, channel_bin=2, overflow="clip")
+    data = EventDataset(store, 6, 1.1, channel_bin=2, overflow="clip", scale="log")
     loader = DataLoader(data, 4, num_workers=workers, collate_fn=time_first)
     got = list(loader)
     everything = torch.cat([counts for counts, _ in got], 1)
-    expected = bin_batch(store.on("cpu"), torch.arange(10), BinningConfig(6, 1.1, 2, "clip"))
+    config = BinningConfig(6, 1.1, 2, "clip", scale="log")
+    expected = bin_batch(store.on("cpu"), torch.arange(10), config, backend="torch")
     assert torch.equal(everything, expected) and everything.shape == (6, 10, 15)
     assert torch.cat([labels for _, labels in got]).tolist() == store.labels.tolist()
     counts, label = data[-1]

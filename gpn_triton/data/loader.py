@@ -27,17 +27,18 @@ class EventDataset(Dataset):
 
     Args:
         store: the samples. time_bins: T. max_time: the window [0, max_time), seconds.
-        channel_bin: input channels summed into one. overflow: drop or clip what is later.
+        channel_bin: input channels summed into one. overflow: drop or clip what is later. scale:
+            counts, or log, see data.binning.
     Raises:
         ValueError: a value out of range.
     """
 
     def __init__(
         self, store: EventStore, time_bins: int, max_time: float = 1.0, channel_bin: int = 1,
-        overflow: str = "drop",
+        overflow: str = "drop", scale: str = "counts",
     ):  # fmt: skip
         self.store = store
-        self.binning = BinningConfig(time_bins, max_time, channel_bin, overflow)
+        self.binning = BinningConfig(time_bins, max_time, channel_bin, overflow, scale=scale)
         self._events = DeviceEvents(store)
 
     def __len__(self) -> int:
