@@ -3,8 +3,7 @@
     counts[bin(t'), slot, channel(u')] += 1    for every event (t, u) of sample indices[slot]
 
 where t', u' are the event as augmented (stretches, shift, jitter, drop, gain), and for the noise
-events.
-Every random number is a hash of what it is for,
+events. Every random number is a hash of what it is for,
 
     draw(stream, sample, number) = mix(mix(mix(key ^ stream) ^ sample) ^ number)     uint32
     key                          = mix(mix(key[0]) ^ key[1])
@@ -25,7 +24,9 @@ int64 (the samples' numbers in the whole set, where these are a part of it), ind
 [2] int64, edges [T] float32 (authors' style only). Counts are float32 [T, B, columns], zeroed by
 the caller. For half types two 16-bit counters share an int32 word, in the very memory of
 the result, and a second kernel turns each nonzero counter into a float in place: 4 bytes a cell are
-moved (zeroed and read), against 10 for float32 counts and a copy, and no second buffer exists.
+moved (zeroed and read), against 10 for float32 counts and a copy, and no second buffer exists. On
+the scale of logarithms the same kernel takes them, in any type, of counts over the sample's mean,
+for which the count adds up each sample's events: one atomic addition a block.
 
 Precision: draws are exact in uint32, times float32 with one rounding an operation, for which fused
 multiply-add is off (enable_fp_fusion=False): every count equals the twin's, bit for bit. Counts are

@@ -3,8 +3,7 @@
     cell = (bin(t') B + slot) columns + channel(u')     for every event (t, u) of indices[slot]
 
 where t', u' are the event as augmented (stretches, shift, jitter, drop, gain), and for the noise
-events;
-draws and the order of changes are those of kernels/binning.py.
+events; draws and the order of changes are those of kernels/binning.py.
 
 Grid. A thread takes samples one by one; no two samples share a cell. Counts are written at once. A
 list takes two passes: the first writes every event's cell (or -1) and counts the rows, the second,
