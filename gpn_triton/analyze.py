@@ -29,14 +29,13 @@ from gpn_triton.analysis.subject import bin_samples, check_store, label_of, load
 from gpn_triton.analysis.tasks import TASKS
 from gpn_triton.data.sources.hdf5 import read_events
 from gpn_triton.data.sources.synthetic import synthetic_events
-from gpn_triton.machine import interrupt
+from gpn_triton.machine.command import answer
 from gpn_triton.machine.figure import new_figure
 from gpn_triton.neurons.networks import NEURONS, SpikingClassifier
 from gpn_triton.training import run_folder
 from gpn_triton.training.experiment import run_experiment
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.parser import Parser, add_options, configuration
-from gpn_triton.training.run import Interrupted
 
 # options of a training that heterogeneity sets itself, or that have no place in it
 OWN = (
@@ -303,24 +302,20 @@ def _cost(args: argparse.Namespace) -> None:
     print(f"{markdown(titles, table)}a sample; energy: {constants.source}; {out}/cost.csv, .png")
 
 
+def run(argv: list[str] | None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    # said before anything is computed
+    new_figure(1, 1)
+    args.run(args)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        interrupt.started()
-        args = build_parser().parse_args(argv)
-        # said before anything is computed
-        new_figure(1, 1)
-        args.run(args)
-        return 0
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("stopped at once", file=sys.stderr)
-        return 130
+    return answer(
+        lambda: run(argv), ValueError, OSError, MemoryError, ModuleNotFoundError, ArithmeticError
+    )
 
 
 if __name__ == "__main__":

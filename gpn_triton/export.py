@@ -28,7 +28,8 @@ from typing import Any
 from safetensors.torch import save
 
 from gpn_triton.data.binning import BinningConfig
-from gpn_triton.machine import files, interrupt
+from gpn_triton.machine import files
+from gpn_triton.machine.command import answer
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.neurons.pretrained import authors_weights
 from gpn_triton.training.parser import Parser
@@ -90,19 +91,16 @@ def build_parser() -> Parser:
     return parser
 
 
+def run(argv: list[str] | None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    print(*export(args.run, args.out or Path(args.run, "export")), sep="\n")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        interrupt.started()
-        args = build_parser().parse_args(argv)
-        print(*export(args.run, args.out or Path(args.run, "export")), sep="\n")
-        return 0
-    except KeyboardInterrupt:
-        print("stopped at once", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return answer(lambda: run(argv), ValueError, OSError)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from gpn_triton.analysis.record import Record, read_records
 from gpn_triton.analysis.report import write_text
 from gpn_triton.analysis.subject import run_samples
 from gpn_triton.data.datasets import DENSE
-from gpn_triton.machine import files, interrupt
+from gpn_triton.machine import files
+from gpn_triton.machine.command import answer
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training.parser import Parser
 from gpn_triton.training.run_folder import load_run
@@ -88,30 +89,34 @@ def look(
     return looked
 
 
+def run(argv: list[str] | None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    check_plotly()
+    for name in ("file", "samples", "sample"):
+        if args.no_data and getattr(args, name) is not None:
+            raise ValueError(f"{name}: has no effect beside --no-data")
+    if args.samples is not None and args.samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {args.samples}")
+    records = read_records(args.runs)
+    out = Path(args.out or Path(args.runs[0], "report.html"))
+    files.check_writable(out)
+    looked = [] if args.no_data else look(records, args.file, args.samples, args.sample)
+    write_text(out, build_page(records, looked))
+    print(out)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        interrupt.started()
-        args = build_parser().parse_args(argv)
-        check_plotly()
-        for name in ("file", "samples", "sample"):
-            if args.no_data and getattr(args, name) is not None:
-                raise ValueError(f"{name}: has no effect beside --no-data")
-        if args.samples is not None and args.samples < 1:
-            raise ValueError(f"samples: expected at least 1, got {args.samples}")
-        records = read_records(args.runs)
-        out = Path(args.out or Path(args.runs[0], "report.html"))
-        files.check_writable(out)
-        looked = [] if args.no_data else look(records, args.file, args.samples, args.sample)
-        write_text(out, build_page(records, looked))
-        print(out)
-        return 0
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once: nothing was written", file=sys.stderr)
-        return 130
+    return answer(
+        lambda: run(argv),
+        ValueError,
+        OSError,
+        MemoryError,
+        ModuleNotFoundError,
+        stopped="stopped at once: nothing was written",
+    )
 
 
 if __name__ == "__main__":

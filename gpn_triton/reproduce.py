@@ -19,12 +19,11 @@ from gpn_triton.analysis.subject import load_data
 from gpn_triton.analysis.table import SPEAKERS, rows_of, speakers_table, table, write_table
 from gpn_triton.data.datasets import DATASETS
 from gpn_triton.data.sources.hdf5 import read_events
-from gpn_triton.machine import interrupt
+from gpn_triton.machine.command import Interrupted, answer
 from gpn_triton.machine.figure import new_figure
 from gpn_triton.neurons.networks import NEURONS
 from gpn_triton.training.options import ABOVE_0, TrainConfig
 from gpn_triton.training.parser import Parser, add_options, configuration, given_options
-from gpn_triton.training.run import Interrupted
 
 RATES = (5e-4, 2e-3, 8e-3)
 # what --quick puts in place of the defaults
@@ -151,31 +150,25 @@ def report(grid: Grid, data: str) -> int:
     return left
 
 
+def run(argv: list[str] | None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    grid = parse(argv)
+    # what is wrong with the data or the installation is said before the first training
+    new_figure(1, 1)
+    splits = load_data(grid.base)
+    print(splits.description)
+    data = splits.description.split(":")[0]
+    try:
+        grid.train()
+    except Interrupted:
+        report(grid, data)
+        raise
+    return int(report(grid, data) > 0)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 where a training failed."""
-    try:
-        interrupt.started()
-        grid = parse(argv)
-        # what is wrong with the data or the installation is said before the first training
-        new_figure(1, 1)
-        splits = load_data(grid.base)
-        print(splits.description)
-        data = splits.description.split(":")[0]
-        try:
-            grid.train()
-        except Interrupted:
-            report(grid, data)
-            raise
-        return int(report(grid, data) > 0)
-    except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("stopped at once", file=sys.stderr)
-        return 130
+    return answer(lambda: run(argv), ValueError, OSError, MemoryError, ModuleNotFoundError)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ from gpn_triton.analysis.trials import (
     write_tables,
 )
 from gpn_triton.data.datasets import DATASETS
-from gpn_triton.machine import interrupt
-from gpn_triton.machine.device import is_out_of_memory
+from gpn_triton.machine.command import Interrupted, answer
+from gpn_triton.machine.device import memory_named
 from gpn_triton.machine.distributed import World, several
 from gpn_triton.machine.figure import new_figure
 from gpn_triton.training.experiment import advise, ready_device
 from gpn_triton.training.parser import Parser, add_options, configuration, given_options
-from gpn_triton.training.run import Interrupted
 
 # options of one training that a search sets itself, or that name one training
 OWN = (
@@ -145,46 +144,43 @@ def report(search: Search) -> None:
     )
 
 
+# memory may also not suffice between trainings
+@memory_named()
+def run(argv: list[str] | None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    asked = parse(argv)
+    # what is wrong with the installation or the data is said before the first trial
+    load_optuna()
+    new_figure(1, 1)
+    if several():
+        raise ValueError("search: expected one process, torchrun started several")
+    cfg = configuration(asked.given)
+    device, world = ready_device(cfg), World(quiet=cfg.quiet)
+    splits = load_data(cfg, test=False)
+    world.say(f"{splits.description}\nsearches {' '.join(map(str, asked.space))}")
+    advise(cfg, device, world)
+    with Search(asked.given, asked.space, splits, device, asked.out) as search:
+        try:
+            for trial in search.run(asked.seconds, asked.trials):
+                rows = write_tables(search)
+                world.say(described(search, next(r for r in rows if r.trial == trial.number)))
+        except Interrupted:
+            report(search)
+            raise
+        report(search)
+        return int(search.best() is None)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 where no trial has finished yet."""
-    try:
-        interrupt.started()
-        asked = parse(argv)
-        # what is wrong with the installation or the data is said before the first trial
-        load_optuna()
-        new_figure(1, 1)
-        if several():
-            raise ValueError("search: expected one process, torchrun started several")
-        cfg = configuration(asked.given)
-        device, world = ready_device(cfg), World(quiet=cfg.quiet)
-        splits = load_data(cfg, test=False)
-        world.say(f"{splits.description}\nsearches {' '.join(map(str, asked.space))}")
-        advise(cfg, device, world)
-        with Search(asked.given, asked.space, splits, device, asked.out) as search:
-            try:
-                for trial in search.run(asked.seconds, asked.trials):
-                    rows = write_tables(search)
-                    world.say(described(search, next(r for r in rows if r.trial == trial.number)))
-            except Interrupted:
-                report(search)
-                raise
-            report(search)
-            return int(search.best() is None)
-    except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("stopped at once: the same command goes on", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        # memory may also not suffice between trainings
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+    return answer(
+        lambda: run(argv),
+        ValueError,
+        OSError,
+        MemoryError,
+        ModuleNotFoundError,
+        stopped="stopped at once: the same command goes on",
+    )
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from gpn_triton.audio.encoding import prepare
 from gpn_triton.machine import interrupt
-from gpn_triton.machine.device import choose_device, is_out_of_memory
+from gpn_triton.machine.command import Interrupted
+from gpn_triton.machine.device import choose_device, memory_named
 from gpn_triton.training import parser
 from gpn_triton.training.engine import NonFiniteError
 from gpn_triton.training.experiment import run_experiment
 from gpn_triton.training.options import TrainConfig
-from gpn_triton.training.run import Interrupted
 
 
 def _with_recordings(cfg: TrainConfig) -> TrainConfig:
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
         interrupt.started()
-        run_experiment(_with_recordings(parser.parse(argv)))
+        # memory may also not suffice before or after the training
+        with memory_named():
+            run_experiment(_with_recordings(parser.parse(argv)))
         return 0
     except (ValueError, OSError, MemoryError, NonFiniteError) as error:
         # a user's mistake or the machine's is named where it was found
@@ -50,12 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"stopped at once: {str(stop) or 'nothing was begun'}", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        # memory may also not suffice before or after the training
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

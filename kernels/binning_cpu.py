@@ -112,6 +112,7 @@ def binning_kernel(
     """
     columns = (channels + channel_bin - 1) // channel_bin
     listed = len(counts) == 0
+    levels = np.empty(KNOTS, np.int64)
     key = mix(mix(key_0 & MASK) ^ (key_1 & MASK))
     while True:
         slot = take(counter)
@@ -128,7 +129,6 @@ def binning_kernel(
         if channel_stretch_by > 0:
             bits = draw(key, CHANNEL_STRETCH, number, 0)
             channel_factor = stretch_factor(bits, channel_stretch_by)
-        levels = np.zeros(KNOTS, np.int64)
         if gain_top > 0:
             for k in range(KNOTS):
                 levels[k] = (draw(key, GAIN, number, k) * (gain_top + 1)) >> 32

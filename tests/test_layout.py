@@ -18,7 +18,7 @@ ROOMS = {
         "pointwise_cpu spikes tiles tiles_measured",
         "",
     ),
-    "machine": ("device distributed figure files graphs interrupt profile provenance", ""),
+    "machine": ("command device distributed figure files graphs interrupt profile provenance", ""),
     "neurons": (
         "checks cost derivatives event_linear explain gpn gpn_options jacobian layers lif networks "
         "pretrained recurrence_torch reference row_linear sequences spike_linear states surrogate "

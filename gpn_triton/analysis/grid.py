@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from gpn_triton.machine.command import Interrupted
 from gpn_triton.training import run_folder
 from gpn_triton.training.options import TrainConfig, difference
-from gpn_triton.training.run import Interrupted, Interruption
+from gpn_triton.training.run import Interruption
 
 LOG = "log.txt"
 # between two looks at the processes

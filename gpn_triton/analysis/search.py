@@ -27,6 +27,7 @@ from tqdm import tqdm
 from gpn_triton.analysis.grid import prepare
 from gpn_triton.analysis.space import Space
 from gpn_triton.data.datasets import Splits
+from gpn_triton.machine.command import Interrupted
 from gpn_triton.machine.distributed import World
 from gpn_triton.machine.files import read_json
 from gpn_triton.training import run_folder
@@ -34,7 +35,7 @@ from gpn_triton.training.engine import NonFiniteError
 from gpn_triton.training.objective import Epoch
 from gpn_triton.training.options import TrainConfig, difference
 from gpn_triton.training.parser import configuration
-from gpn_triton.training.run import Interrupted, Interruption, Run
+from gpn_triton.training.run import Interruption, Run
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

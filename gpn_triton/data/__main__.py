@@ -24,7 +24,8 @@ import numpy as np
 from gpn_triton.data.inspection import inspect
 from gpn_triton.data.sources.hdf5 import write_events
 from gpn_triton.data.sources.tables import SUFFIXES, TIME_UNITS, read_table
-from gpn_triton.machine import files, interrupt
+from gpn_triton.machine import files
+from gpn_triton.machine.command import answer
 from gpn_triton.training.parser import Parser
 
 TIMES = {"float32": np.float32, "float16": np.float16}
@@ -75,36 +76,33 @@ def build_parser() -> Parser:
     return parser
 
 
+def run(argv: list[str] | None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    if args.action == "convert":
+        files.check_writable(args.out)
+        size = args.sensor_size and tuple(args.sensor_size)
+        store = read_table(args.source, args.channels, size, args.time_unit, args.bin_seconds)
+        write_events(args.out, store, TIMES[args.times])
+        print(f"{args.out}: {store.summary()}")
+        return 0
+    asked = (args.channels, args.max_time) if args.action == "check" else ()
+    found = inspect(args.file, *asked)
+    if args.action == "info":
+        if found.mistakes and not found.facts:
+            raise ValueError(f"{args.file}: {found.mistakes[0]}")
+        print(*(f"{name:9} {fact}" for name, fact in found.facts.items()), sep="\n")
+        return 0
+    for word, lines in (("wrong", found.mistakes), ("note", found.remarks)):
+        for line in lines:
+            print(f"{word}: {line}")
+    print(f"{args.file}: {len(found.mistakes) or 'nothing'} wrong")
+    return int(bool(found.mistakes))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        interrupt.started()
-        args = build_parser().parse_args(argv)
-        if args.action == "convert":
-            files.check_writable(args.out)
-            size = args.sensor_size and tuple(args.sensor_size)
-            store = read_table(args.source, args.channels, size, args.time_unit, args.bin_seconds)
-            write_events(args.out, store, TIMES[args.times])
-            print(f"{args.out}: {store.summary()}")
-            return 0
-        asked = (args.channels, args.max_time) if args.action == "check" else ()
-        found = inspect(args.file, *asked)
-        if args.action == "info":
-            if found.mistakes and not found.facts:
-                raise ValueError(f"{args.file}: {found.mistakes[0]}")
-            print(*(f"{name:9} {fact}" for name, fact in found.facts.items()), sep="\n")
-            return 0
-        for word, lines in (("wrong", found.mistakes), ("note", found.remarks)):
-            for line in lines:
-                print(f"{word}: {line}")
-        print(f"{args.file}: {len(found.mistakes) or 'nothing'} wrong")
-        return int(bool(found.mistakes))
-    except KeyboardInterrupt:
-        print("stopped at once", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return answer(lambda: run(argv), ValueError, OSError, MemoryError)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import importlib.util
 import resource
 import statistics
 import timeit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -172,6 +174,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 WANT_OF_MEMORY = (
     "can't allocate memory", "out of memory", "cudaErrorMemoryAllocation", "STATUS_ALLOC_FAILED",
 )  # fmt: skip
+
+
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Make a MemoryError of one line of torch's errors of memory that did not suffice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(str(error).splitlines()[0]) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

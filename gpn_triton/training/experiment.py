@@ -10,6 +10,7 @@ import torch
 
 from gpn_triton.data.datasets import DataSource, Splits, load_splits
 from gpn_triton.data.feed import make_feed
+from gpn_triton.machine.command import Interrupted
 from gpn_triton.machine.device import thread_slowdown, unavailable
 from gpn_triton.machine.distributed import World, own_device, restarted
 from gpn_triton.neurons.networks import NEURONS
@@ -18,7 +19,7 @@ from gpn_triton.training.build import amp_dtype, build_network
 from gpn_triton.training.engine import Engine
 from gpn_triton.training.options import TrainConfig
 from gpn_triton.training.progress import aligned
-from gpn_triton.training.run import Interrupted, Run
+from gpn_triton.training.run import Run
 from gpn_triton.training.trackers import check_trackers
 
 # threads that slow a product down so much wait for other work

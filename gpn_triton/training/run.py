@@ -17,6 +17,7 @@ from gpn_triton.data.datasets import Splits
 from gpn_triton.data.events import EventStore
 from gpn_triton.data.feed import Feed, make_feed
 from gpn_triton.machine import files
+from gpn_triton.machine.command import Interrupted
 from gpn_triton.machine.device import ceilings, is_out_of_memory, peak_memory_mib
 from gpn_triton.machine.distributed import World
 from gpn_triton.machine.profile import profiled
@@ -37,14 +38,6 @@ LOG_SECONDS = 0.5
 # several processes ask each other so seldom whether one of them shall stop: the question waits for
 # the slowest, and a step takes milliseconds
 ASK_STEPS = 16
-
-
-class Interrupted(Exception):
-    """Training stopped at a signal, by number, with what is needed to go on in a checkpoint."""
-
-    def __init__(self, signal: int, saved: str):
-        super().__init__(f"interrupted: saved {saved}")
-        self.signal = signal
 
 
 class Interruption:
